@@ -1,0 +1,68 @@
+"""Made-up episode rows for tests of tables and costs. Scores are dice: they say nothing of any agent."""
+
+import numpy as np
+
+from sgd.files import write_jsonl, write_sidecar
+
+SHA = "0123456789ab"
+WIDTHS = {"3-1": 5, "4-2": 4, "7-1": 3, "2-1": 3, "8-1": 2, "1-1": 3, "10-2": 2}
+PARAMS = {"oracle": 0, "random": 0, "flat": 1_000_000, "hierarchical": 1_010_000}
+
+
+def write_run(folder, agent, teacher="", seed=0, better=0, protocol="paper", profile="cpu", **more):
+    "Write the rows of one agent and seed with their sidecar; gives the path of the rows."
+    learns = agent in ("flat", "hierarchical")
+    sha = SHA[::-1] if protocol != "paper" else SHA
+    facts = {
+        "profile": profile,
+        "protocol": {"name": protocol, "sha": sha, "max_moves": 100, "action_aid": "none"},
+        "agent": agent,
+        "teacher": teacher,
+        "data": "gold",
+        "layout": "stream" if learns else "",
+        "memory": "all" if learns else "",
+        "seed": seed,
+        "params": PARAMS[agent],
+        "student": f"{agent}{'-' * bool(teacher)}{teacher}.s{seed}" if learns else "",
+        "action_aid": "none",
+    } | more
+    rng = np.random.default_rng([seed, len(agent), better])
+    rows = []
+    for task, width in WIDTHS.items():
+        for variation in range(width):
+            score = int(min(100, rng.integers(0, 12) * 10 + better))
+            rows.append(
+                {
+                    "agent": agent,
+                    "seed": seed,
+                    "protocol": sha,
+                    "task_id": task,
+                    "variation": variation,
+                    "score": score,
+                    "success": score == 100,
+                    "actions": int(rng.integers(5, 50)),
+                    "moves": 10,
+                    "tokens_in": int(rng.integers(500, 900)) if learns else 0,
+                    "tokens_out": int(rng.integers(50, 90)) if learns else 0,
+                    "llm_calls": 0,
+                    "wall_s": 1.5,
+                    "steps": [],
+                }
+            )
+    name = f"{agent}{'-' * bool(teacher)}{teacher}.s{seed}.{protocol}"
+    path = folder / f"{name}.jsonl.gz"
+    write_jsonl(path, rows)
+    write_sidecar(path, "stats.simulated", {}, run=facts)
+    return path
+
+
+def write_runs(folder, seeds=(0, 1)):
+    "An oracle, a random agent, and students with several seeds."
+    write_run(folder, "oracle", better=90)
+    write_run(folder, "oracle", better=90, protocol="swiftsage")
+    write_run(folder, "random")
+    for seed in seeds:
+        write_run(folder, "flat", seed=seed)
+        write_run(folder, "hierarchical", "program", seed=seed, better=20)
+        write_run(folder, "hierarchical", "random", seed=seed, better=10)
+    return folder

@@ -1,0 +1,59 @@
+"""Agreement of teachers: exact on itself, symmetric, and blind to what does not matter."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sgd.agreement import boundaries, compare, compare_path, f1_interval, growth, names, pooled
+
+cuts = st.sets(st.integers(1, 29), max_size=12)
+
+
+def segments(starts, name="go(a)"):
+    firsts = [0, *sorted(starts)]
+    lasts = [first - 1 for first in firsts[1:]] + [29]
+    return [{"subgoal": name, "first": a, "last": b} for a, b in zip(firsts, lasts)]
+
+
+def row(starts, name="go(a)", variation=0):
+    return {"task": "boil", "variation": variation, "segments": segments(starts, name)}
+
+
+@settings(max_examples=100, deadline=None)
+@given(cuts, cuts)
+def test_f1_is_symmetric_within_bounds_and_one_only_for_equal_cuts(a, b):
+    there, back = pooled(compare([row(a)], [row(b)])), pooled(compare([row(b)], [row(a)]))
+    assert there["f1"] == back["f1"] and there["precision"] == back["recall"]
+    assert 0 <= there["f1"] <= 1 and (there["f1"] == 1) == (a == b)
+    assert boundaries(segments(a)) == a and len(names(segments(a))) == 30
+
+
+def test_verbs_may_agree_where_phrases_do_not():
+    counts = compare_path(segments({3}, "go(a)"), segments({3}, "go(b)"))
+    assert (counts["same_verb"], counts["same_phrase"]) == (30, 0)
+
+
+def test_pooling_counts_boundaries_and_not_paths():
+    rows = [row(set(range(1, 11))), row({5}, variation=1)]
+    hand = [row(set(range(1, 11))), row({6}, variation=1)]
+    assert pooled(compare(rows, hand))["f1"] == pytest.approx(10 / 11)
+    low, high = f1_interval(compare(rows, hand))
+    assert low <= 10 / 11 <= high and f1_interval(compare(rows, hand)) == (low, high)
+
+
+def test_only_paths_of_both_are_compared_and_none_is_an_error():
+    assert len(compare([row({1}), row({1}, variation=1)], [row({1})])) == 1
+    with pytest.raises(ValueError, match="annotated by both"):
+        compare([row({1})], [row({1}, variation=2)])
+
+
+def test_a_path_of_another_length_is_an_error():
+    short = {"task": "boil", "variation": 0, "segments": segments({3})[:1]}
+    with pytest.raises(ValueError):
+        compare([short], [row({3})])
+
+
+def test_growth_never_falls():
+    curve = growth([row({1}, f"go({n % 3})", n) for n in range(9)])
+    assert curve["phrases"].tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 3]
+    assert curve["verbs"].tolist() == [1] * 9

@@ -1,0 +1,479 @@
+"""The chat client under kills, faults and counts, against a real HTTP endpoint on this machine."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from loopback import FAULTS, Loopback, some_faults
+
+from sgd import llm as sgd_llm
+from sgd.llm import (
+    LLM,
+    Budget,
+    BudgetExceeded,
+    EndpointError,
+    LLMError,
+    NoAnswer,
+    NotRecorded,
+    Price,
+    UnknownPrice,
+    batch_line,
+    call_key,
+    canonical,
+    correct,
+    load_recording,
+    most_tokens,
+    pico,
+    price_of,
+    save_recording,
+    spread,
+    take_reply,
+)
+
+PRICE = Price(150_000, 600_000, "a test")
+spawn = multiprocessing.get_context("forkserver")
+spawn.set_forkserver_preload(["sgd.llm"])
+
+
+def client(end, store=":memory:", **options):
+    options = {"price": PRICE, "known_as": "loopback", "max_tokens": 40, "timeout": 5} | options
+    return LLM("loop", end.base_url, store, **options)
+
+
+def ledger(llm, query="SELECT * FROM ledger"):
+    return llm.ledger.store.all(query)
+
+
+@pytest.fixture(autouse=True)
+def quick_waits(monkeypatch):
+    monkeypatch.setattr(sgd_llm, "back_off", lambda tried, key: 0.01)
+
+
+# R2: no two different calls share an answer
+
+plain = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(0, 2) | st.text(max_size=5)
+nested = st.recursive(
+    plain, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=3), x), max_leaves=4
+)
+message = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "user", "assistant"]), "content": st.text(max_size=20)}
+)
+fields = {
+    "model": st.text(min_size=1, max_size=8),
+    "messages": st.lists(message, min_size=1, max_size=3),
+    "temperature": st.floats(0, 2),
+    "seed": st.integers(0, 9),
+    "max_tokens": st.integers(1, 99),
+    "stop": st.lists(st.text(max_size=3), max_size=2),
+    "top_p": st.floats(0, 1),
+    "response_format": nested,
+    "anything_new": nested,
+}
+bodies = st.fixed_dictionaries(fields)
+calls = st.tuples(st.sampled_from(["http://a/v1", "http://b/v1"]), bodies, st.integers(0, 2))
+
+
+@settings(max_examples=300, deadline=None)
+@given(calls, st.data())
+def test_any_changed_field_is_a_miss_and_the_same_call_is_a_hit(call, data):
+    endpoint, body, sample = call
+    key = call_key(endpoint, body, sample)
+    assert key == call_key(endpoint, json.loads(canonical(body)), sample)
+    assert key == call_key(endpoint, dict(reversed(body.items())), sample)
+    name = data.draw(st.sampled_from(sorted(fields)))
+    value = data.draw(fields[name])
+    if canonical(value) != canonical(body[name]):
+        assert call_key(endpoint, body | {name: value}, sample) != key
+    assert call_key(endpoint, {k: v for k, v in body.items() if k != name}, sample) != key
+    assert call_key(endpoint, body, sample + 1) != key
+    assert call_key(endpoint + "/x", body, sample) != key
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(calls, min_size=2, max_size=8))
+def test_keys_are_equal_only_for_equal_calls(many):
+    seen = {}
+    for endpoint, body, sample in many:
+        text = canonical([endpoint, dict(sorted(body.items())), sample])
+        assert seen.setdefault(call_key(endpoint, body, sample), text) == text
+
+
+def test_the_store_never_mixes_models_parameters_or_endpoints():
+    changes = [{}, {"temperature": 0.5}, {"seed": 1}, {"max_tokens": 41}, {"stop": ["x"]}]
+    changes += [{"top_p": 0.5}, {"model": "loop-2"}, {"logit_bias": {"1": 2}}]
+    with Loopback(answer=lambda body: canonical(body)[:30]) as end, client(end) as llm:
+        for n, change in enumerate(changes):
+            assert not llm("same question", **change).cached
+            assert llm("same question", **change).cached
+            assert len(end.calls) == n + 1
+        assert not llm("same question", sample=1).cached
+        assert len({row["key"] for row in ledger(llm)}) == len(changes) + 1
+        llm.endpoint = "elsewhere"
+        assert not llm("same question").cached
+
+
+def test_what_is_hashed_is_what_is_sent():
+    message = [{"role": "user", "content": "ä \u2028 \ud7ff {'x'}", "name": "me"}]
+    over = {"stop": ["\n"], "response_format": {"type": "json_object"}, "top_k": 3, "z": None}
+    with Loopback() as end, client(end) as llm:
+        body = llm.body(message, **over)
+        answer = llm(message, **over)
+        assert end.calls[0]["body"] == body and "z" not in body
+        assert answer.key == call_key("loopback", end.calls[0]["body"])
+        assert end.calls[0]["headers"].get("x-stainless-retry-count", "0") == "0"
+
+
+# R3: a bad answer is an attempt, never an answer
+
+BAD = {
+    "429": ("failed", None),
+    "500": ("failed", "server error"),
+    "503": ("failed", None),
+    "400": ("failed", None),
+    "hang": ("failed", "cut"),
+    "cut": ("failed", "cut"),
+    "malformed": ("failed", "malformed"),
+    "empty": ("empty", None),
+    "null": ("empty", None),
+    "truncated": ("truncated", None),
+    "refused": ("refused", None),
+    "model": ("failed", "wrong model"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD)
+def test_a_bad_answer_is_an_attempt_and_never_kept(fault):
+    with Loopback(faults=lambda n, body: fault, retry_after="0.01") as end:
+        with client(end, tries=2, timeout=0.3) as llm:
+            for again in (1, 2):
+                with pytest.raises(NoAnswer) as error:
+                    llm("boil water and say so at some length, please")
+                rows = ledger(llm)
+                assert error.value.verdict.state == BAD[fault][0]
+                assert [(r["state"], r["flag"]) for r in rows] == [BAD[fault]] * len(rows)
+                assert len(rows) == len(end.calls) == again * error.value.tries
+                assert ledger(llm, "SELECT * FROM answers") == []
+            assert error.value.tries == (1 if fault in ("400", "truncated", "refused") else 2)
+
+
+@pytest.mark.parametrize("fault", ["usage", "nousage"])
+def test_an_answer_with_wrong_counts_is_kept_but_its_tokens_are_not(fault):
+    with Loopback(faults={0: fault}) as end, client(end) as llm:
+        answer = llm("boil water")
+        assert answer.text == "You said: boil water" and answer.tokens_in is None
+        assert llm("boil water").cached and len(end.calls) == 1
+        (row,) = ledger(llm)
+        assert (row["tokens_in"], row["tokens_out"], row["cost"]) == (None, None, None)
+        assert row["flag"] == {"usage": "wrong usage", "nousage": "no usage"}[fault]
+        assert row["state"] == "answered"
+        assert row["held_tokens"] == sum(most_tokens(end.calls[0]["body"]))
+
+
+@pytest.mark.parametrize("fault", ["401", "quota"])
+def test_an_endpoint_that_refuses_everything_ends_the_run(fault):
+    with Loopback(faults=lambda n, body: fault) as end, client(end) as llm:
+        with pytest.raises(EndpointError):
+            list(spread(llm, map(str, range(200)), width=4))
+        assert len(end.calls) <= 8
+
+
+def test_a_server_that_is_not_there_costs_nothing():
+    with Loopback() as end:
+        pass
+    with client(end, tries=2) as llm:
+        with pytest.raises(NoAnswer):
+            llm("anybody?")
+        assert llm.ledger.total().held == 0 and llm.ledger.total().calls == 2
+
+
+# waiting, width and shutdown
+
+
+def test_retry_after_is_obeyed_and_patience_ends_it():
+    with Loopback(faults={0: "429", 1: "503"}, retry_after="0.4") as end, client(end) as llm:
+        llm("wait")
+        first, second, third = (call["at"] for call in end.calls)
+        assert second - first >= 0.4 and third - second >= 0.4
+    with Loopback(faults={0: "429"}, retry_after="3600") as end, client(end) as llm:
+        with pytest.raises(NoAnswer):
+            llm("wait")
+        assert len(end.calls) == 1
+
+
+def test_a_slow_answer_is_one_call():
+    with Loopback(faults={0: "slow"}, slow=0.5) as end, client(end) as llm:
+        assert llm("slowly").text == "You said: slowly"
+        assert len(end.calls) == 1 and ledger(llm)[0]["latency"] >= 0.5
+
+
+def test_width_is_a_limit_whatever_the_callers_do():
+    with Loopback(latency=0.05) as end, client(end, width=3) as llm:
+        results = list(spread(llm, map(str, range(24)), width=12))
+        assert len(results) == 24 and 2 <= end.widest <= 3
+
+
+def test_the_same_question_from_many_threads_is_paid_for_once():
+    with Loopback(latency=0.1) as end, client(end) as llm:
+        answers = [answer for _, answer in spread(llm, ["same"] * 16, width=8)]
+        assert len(end.calls) == 1 and len({answer.text for answer in answers}) == 1
+
+
+def test_closing_wakes_sleepers_and_leaves_no_call_open():
+    with Loopback(faults=lambda n, body: "429", retry_after="60") as end:
+        llm = client(end)
+        raised = []
+
+        def work():
+            try:
+                llm("wait long")
+            except LLMError as error:
+                raised.append(error)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not end.calls:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        llm.close()
+        thread.join(5)
+        assert not thread.is_alive() and len(raised) == 1
+
+
+def run(base_url, store, count, width, tokens=None, latency=0):
+    """A child's whole life: `count` calls, the exit code tells how it ended."""
+    budget = Budget(tokens=tokens)
+    try:
+        with LLM("loop", base_url, store, PRICE, budget, width, known_as="loopback") as llm:
+            for _ in spread(llm, (f"say {n}" for n in range(count)), width, halt=llm.closing):
+                pass
+    except BudgetExceeded:
+        sys.exit(3)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def child(*args):
+    process = spawn.Process(target=run, args=args)
+    process.start()
+    return process
+
+
+def test_ctrl_c_lets_calls_in_flight_land(tmp_path):
+    with Loopback(latency=0.3) as end:
+        process = child(end.base_url, tmp_path / "a.sqlite", 50, 4)
+        while len(end.calls) < 6:
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        process.join(10)
+        assert process.exitcode == 130
+        with client(end, tmp_path / "a.sqlite") as llm:
+            assert (
+                llm.ledger.total().flagged == 0 and llm.ledger.total().calls == len(end.calls) < 20
+            )
+
+
+# R1 and R4: kills
+
+
+def test_twenty_kills_repeat_at_most_the_calls_in_flight(tmp_path):
+    count, width, store = 200, 4, tmp_path / "calls.sqlite"
+    rng, repeats = random.Random(1), []
+    with Loopback(latency=0.03) as end:
+        for kill in range(21):
+            before = sum(end.bodies().values()) - len(end.bodies())
+            process = child(end.base_url, store, count, width)
+            if kill < 20:
+                goal = len(end.calls) + rng.randint(1, 12)
+                while len(end.calls) < goal and process.is_alive():
+                    time.sleep(0.002)
+                time.sleep(rng.uniform(0, 0.04))
+                process.kill()
+            process.join(60)
+            assert process.exitcode == (-signal.SIGKILL if kill < 20 else 0)
+            time.sleep(0.05)
+            repeats.append(sum(end.bodies().values()) - len(end.bodies()) - before)
+        assert len(end.bodies()) == count
+        assert max(repeats) <= width and sum(repeats) > 0
+        with client(end, store) as llm:
+            balance(llm, end)
+            open_rows = [row for row in ledger(llm) if row["state"] == "sent"]
+            assert 0 < len(open_rows) <= 20 * width
+            assert {row["flag"] for row in open_rows} == {"in flight"}
+            assert len(ledger(llm, "SELECT * FROM answers")) == count
+
+
+def balance(llm, end):
+    """The ledger equals the endpoint's books, row by row, over the rows with known usage."""
+    sent = {f"chatcmpl-{call['n']}": call for call in end.calls}
+    rows = ledger(llm)
+    for row in rows:
+        if row["flag"] is None and row["status"] == 200:
+            usage = sent[row["reply_id"]]["usage"]
+            assert row["tokens_in"] == usage["prompt_tokens"]
+            assert row["tokens_out"] == usage["completion_tokens"]
+            assert row["cost"] == row["tokens_in"] * 150_000 + row["tokens_out"] * 600_000
+            assert row["held"] == row["cost"] and row["source"] == "a test"
+        elif row["flag"] is None:
+            assert row["cost"] == 0 and row["status"] != 200
+        else:
+            assert row["tokens_in"] is None and row["cost"] is None
+            assert row["held_tokens"] == row["most_in"] + row["most_out"]
+    ids = [row["reply_id"] for row in rows if row["reply_id"]]
+    assert len(ids) == len(set(ids))
+    known = [row for row in rows if row["flag"] is None]
+    total = llm.ledger.total()
+    assert total.tokens_in == sum(row["tokens_in"] for row in known)
+    assert total.flagged == len(rows) - len(known)
+
+
+def test_the_ledger_balances_under_every_fault():
+    rule = some_faults(0.4, [f for f in FAULTS if f not in ("401", "quota", "hang")], seed=3)
+    with Loopback(faults=rule, retry_after="0.01", slow=0.05) as end, client(end, tries=4) as llm:
+        results = [r for _, r in spread(llm, (f"say {n}" for n in range(120)), 6)]
+        good = [r for r in results if not isinstance(r, NoAnswer)]
+        assert len(results) == 120 and len(good) > 80
+        assert len(ledger(llm)) == len(end.calls)
+        balance(llm, end)
+        rows = [row for row in ledger(llm) if row["flag"] is None]
+        sums = [sum(row[f"tokens_{way}"] for row in rows) for way in ("in", "out")]
+        assert tuple(sums) == end.billed()
+        assert len(ledger(llm, "SELECT * FROM answers")) == len(good)
+
+
+# R5: the cap
+
+
+@pytest.mark.parametrize("cap", [99, 100, 150, 700, 1500])
+def test_a_cap_is_never_exceeded_and_the_run_goes_on_later(cap, tmp_path):
+    store = tmp_path / "calls.sqlite"
+    with Loopback(faults=some_faults(0.2, seed=cap), latency=0.005) as end:
+        with client(end, store, budget=Budget(tokens=cap), tries=9) as llm:
+            with pytest.raises(BudgetExceeded, match="higher cap"):
+                list(spread(llm, (f"say {n}" for n in range(200)), 4))
+            held = ledger(llm, "SELECT coalesce(sum(held_tokens), 0) AS n FROM ledger")[0]["n"]
+            assert held <= cap and sum(end.billed()) <= cap
+            assert all(row["state"] != "sent" for row in ledger(llm))
+        paid, end.faults = len(ledger_of(store)), lambda n, body: None
+        with client(end, store, budget=Budget(tokens=10**6)) as llm:
+            assert len(list(spread(llm, (f"say {n}" for n in range(40)), 4))) == 40
+            assert len(ledger(llm, "SELECT * FROM answers")) >= 40
+        answered = [row["key"] for row in ledger_of(store) if row["state"] == "answered"]
+        assert len(answered) == len(set(answered)) and len(ledger_of(store)) >= paid
+
+
+def ledger_of(store):
+    llm = LLM("loop", store=store, offline=True)
+    rows = ledger(llm)
+    llm.close()
+    return rows
+
+
+def test_a_money_cap_holds_to_the_picodollar():
+    with Loopback() as end, client(end) as llm:
+        llm("say 1")
+        cost, most = llm.ledger.total().cost, ledger(llm, "SELECT most_in, most_out FROM calls")[0]
+    most = most["most_in"] * PRICE.tokens_in + most["most_out"] * PRICE.tokens_out
+    for slack, passes in ((0, True), (1, False)):
+        money = (cost + most - slack) / 10**12
+        with Loopback() as end, client(end, budget=Budget(money=f"{money:.12f}")) as llm:
+            llm("say 1")
+            if passes:
+                llm("say 2")
+            else:
+                with pytest.raises(BudgetExceeded):
+                    llm("say 2")
+            assert len(end.calls) == 1 + passes
+
+
+def test_two_processes_share_one_cap_and_exit_unhappily(tmp_path):
+    with Loopback(latency=0.01) as end:
+        args = (end.base_url, tmp_path / "calls.sqlite", 300, 2, 2600)
+        both = [child(*args) for _ in range(2)]
+        for process in both:
+            process.join(30)
+        assert [process.exitcode for process in both] == [3, 3]
+        with client(end, tmp_path / "calls.sqlite") as llm:
+            held = ledger(llm, "SELECT sum(held_tokens) AS n FROM ledger")[0]["n"]
+            assert sum(end.billed()) <= held <= 2600 and llm.ledger.total().calls > 50
+
+
+def test_a_bill_can_be_entered_by_hand():
+    with Loopback(faults={0: "cut"}) as end, client(end) as llm:
+        llm("say 1")
+        (row,) = ledger(llm, "SELECT * FROM ledger WHERE flag IS NOT NULL")
+        correct(llm.ledger.store, row["id"], 2, 0)
+        assert (
+            llm.ledger.total().flagged == 0 and llm.ledger.total().held == llm.ledger.total().cost
+        )
+
+
+# prices, recordings, batches
+
+
+def test_prices_are_exact_or_refused(tmp_path):
+    assert pico("0.15", 10**6) == 150_000 and pico(2.5, 10**6) == 2_500_000
+    with pytest.raises(ValueError, match="whole picodollars"):
+        pico(1.23456789, 10**6)
+    sheet = tmp_path / "prices.yaml"
+    sheet.write_text(
+        "{date: 2026-11-22, currency: USD, per: 1000000, models: {a: {in: 1, out: 2}}}"
+    )
+    assert price_of("a", sheet)[:2] == (1_000_000, 2_000_000)
+    with pytest.raises(UnknownPrice, match="known: a.*Try price="):
+        price_of("a-2026-01-01", sheet)
+
+
+def test_a_recording_replays_without_a_network_and_refuses_edits(tmp_path):
+    path = tmp_path / "rec.jsonl"
+    with Loopback() as end, client(end) as llm:
+        texts = [llm("say", sample=n).text for n in range(3)]
+        save_recording(llm, path)
+    offline = dict(known_as="loopback", offline=True, max_tokens=40)
+    with LLM("loop", **offline) as llm:
+        assert load_recording(llm, path) == 3
+        assert [llm("say", sample=n).text for n in range(3)] == texts
+        assert llm.ledger.total().calls == 0
+        with pytest.raises(NotRecorded):
+            llm("say", sample=3)
+    path.write_text(path.read_text().replace('"say"', '"sing"', 1))
+    with LLM("loop", **offline) as llm, pytest.raises(ValueError, match="line .* edited"):
+        load_recording(llm, path)
+
+
+def test_batch_replies_count_once_in_any_order():
+    with Loopback() as end, client(end) as llm:
+        bodies = {f"id{n}": llm.body(f"say {n}") for n in range(6)}
+        requests = [batch_line(name, body) for name, body in bodies.items()]
+        assert {request["url"] for request in requests} == {"/v1/chat/completions"}
+        usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+        choice = {"message": {"content": "ok"}, "finish_reason": "stop"}
+        page = {"model": "loop", "choices": [choice], "usage": usage}
+        lines = [
+            {"custom_id": name, "response": {"status_code": 200, "body": page | {"id": name}}}
+            for name in bodies
+        ]
+        lines[4]["response"]["status_code"] = 500
+        random.Random(0).shuffle(lines)
+        for line in lines * 2:
+            try:
+                take_reply(llm, bodies[line["custom_id"]], line)
+            except NoAnswer:
+                assert line["response"]["status_code"] == 500
+        spent = llm.ledger.total()
+        assert (spent.calls, spent.tokens_in, spent.flagged) == (6, 10, 0)
+        assert llm("say 0").cached and not llm("say 4").cached and len(end.calls) == 1
+
+
+def test_importing_the_client_opens_nothing():
+    code = "import sgd.llm, threading; print(threading.active_count())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"

@@ -1,0 +1,388 @@
+"""Runs end as they should: checked parameters, kept failures, resumed lines, a release that holds."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+from sgd import files, runs
+
+ROOT = Path(__file__).resolve().parent.parent
+SGD = str(Path(sys.executable).with_name("sgd"))
+ENV = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+STAGE = """
+from sgd.files import read_jsonl, write_jsonl, write_sidecar
+from sgd.runs import build, place
+inputs = [place(f, profile, start) for f in needs]
+rows = [{"task": "boil", "variation": v, "score": 10 * v, "wall_s": 0.1} for v in range(3)]
+path = write_jsonl(build(profile) / made, rows)
+write_sidecar(path, "files.toy", {"made": made}, inputs)
+"""
+HEAD = "profile: str = None\nstart: str = 'oracle'\n"
+TRAIN = """
+from sgd.files import write_json, write_sidecar
+from sgd.runs import build, place
+needs = [place(f"oracle/{s}.jsonl.gz", profile, start) for s in ("train", "dev")]
+out = build(profile) / "students" / student
+write_json(out / "training.json", {"rate": rate})
+write_sidecar(out, "files.toy", {"rate": rate}, needs)
+"""
+PLAY = """
+from sgd.runs import parse_run
+s = parse_run(run).student
+needs = [f"students/{s}"] if s else []
+made = f"episodes/{run}.jsonl.gz"
+"""
+REPORT = """
+from sgd.files import write_atomic
+from sgd.runs import build, table_rows
+names = sorted(p.name for p in table_rows(profile, start).glob("*.jsonl.gz"))
+write_atomic(build(profile) / "tables" / f"{table}.csv", "\\n".join(names))
+"""
+
+
+def write_notebook(folder, name, parameters, *sources):
+    cells = [new_code_cell(parameters), *map(new_code_cell, sources)]
+    cells[0].metadata["tags"] = ["parameters"]
+    folder.mkdir(parents=True, exist_ok=True)
+    nbformat.write(new_notebook(cells=cells), folder / f"{name}.ipynb")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    "A small project: the real Snakefile, toy notebooks."
+    for name in ("settings.ini", "Snakefile"):
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
+    nbs = tmp_path / "nbs" / "experiments"
+    split = "split: str = None"
+    oracle = 'made, needs = f"oracle/{split}.jsonl.gz", []'
+    write_notebook(nbs, "10_oracle", HEAD + split, oracle + STAGE)
+    labels = 'made = f"annotations/{teacher}.{split}.jsonl.gz"\n'
+    labels += 'needs = [f"oracle/{split}.jsonl.gz"]'
+    write_notebook(nbs, "20_annotate", HEAD + split + "\nteacher: str = None", labels + STAGE)
+    write_notebook(nbs, "30_train", HEAD + "student: str = None\nrate: float = 0.1", TRAIN)
+    write_notebook(nbs, "40_play", HEAD + "run: str = None", PLAY + STAGE)
+    write_notebook(nbs, "50_tables", HEAD + "table: str = 'main'", REPORT)
+    write_notebook(nbs, "60_efficiency", HEAD + "table: str = 'efficiency'", REPORT)
+    compare = "from sgd.files import write_json\nfrom sgd.runs import build, compare\n"
+    compare += 'write_json(build(profile) / "compare.json", compare(profile, start))'
+    write_notebook(nbs, "70_compare", HEAD, compare)
+    (tmp_path / "params").mkdir()
+    text = "common: {}\nrows:\n  main: [random.s0.paper]\n  others: [oracle.s0.paper]\n"
+    for profile in ("cpu", "smoke"):
+        (tmp_path / "params" / f"{profile}.yaml").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+# -- parameters --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "section, changes, words",
+    [
+        (
+            "30_train: {rte: 0.5}",
+            {"student": "flat.s0"},
+            ["30_train", "unknown", "'rte'", "'rate'"],
+        ),
+        ("30_train: {rate: 3e-5}", {"student": "flat.s0"}, ["30_train", "'rate'", "3.0e-5"]),
+        ("30_train: {rate: true}", {"student": "flat.s0"}, ["30_train", "'rate'", "float"]),
+        ("30_train: {}", {}, ["30_train", "'student'", "missing"]),
+        ("30_trian: {}", {"student": "flat.s0"}, ["cpu.yaml", "'30_trian'", "'30_train'"]),
+        ("common: {rate: 1.0, widht: 8}", {"student": "flat.s0"}, ["cpu.yaml", "'widht'"]),
+        ("30_train: [", {"student": "flat.s0"}, ["cpu.yaml", "YAML"]),
+    ],
+)
+def test_wrong_parameters_are_named_with_their_notebook(project, section, changes, words):
+    edit(project / "params" / "cpu.yaml", "common: {}\n", section + "\n")
+    with pytest.raises(runs.ParameterError) as caught:
+        runs.resolve(runs.find_notebook("30_train"), "cpu", changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_unread_parameter_is_an_error(project):
+    write_notebook(
+        project / "nbs/experiments", "30_train", HEAD + "depth: int = 3", "profile, start"
+    )
+    with pytest.raises(runs.ParameterError, match="30_train: parameter 'depth' is unread"):
+        runs.resolve(runs.find_notebook("30_train"), "cpu")
+
+
+def test_a_notebook_without_parameters_cell_is_an_error(project):
+    path = project / "nbs/experiments/30_train.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), path)
+    with pytest.raises(ValueError, match="30_train.*one cell tagged 'parameters', got 0"):
+        runs.parameters(path)
+
+
+def test_unknown_notebooks_profiles_stages_are_named(project):
+    with pytest.raises(FileNotFoundError, match="30_trian.*30_train"):
+        runs.find_notebook("30_trian")
+    with pytest.raises(FileNotFoundError, match="'cpv'.*'cpu'"):
+        runs.read_profile("cpv")
+    with pytest.raises(ValueError, match="FROM.*'rolout'"):
+        runs.plan("cpu", "rolout")
+
+
+def test_a_plan_is_cut_at_its_start(project):
+    edit(
+        project / "params/cpu.yaml",
+        "[random",
+        "[hierarchical-program.s0.paper, flat.s0.paper, random",
+    )
+    names = [step.name for step in runs.plan("cpu", "oracle", "main")]
+    assert "10_oracle.train" in names and "10_oracle.test" not in names
+    assert "20_annotate.program.dev" in names and "30_train.flat.s0" in names
+    cut = {step.name: step for step in runs.plan("cpu", "rollout", "main")}
+    assert [n for n in cut if n[0] in "123"] == []
+    assert cut["40_play.flat.s0.paper"].needs == ()
+    assert cut["40_play.flat.s0.paper"].changes == {"run": "flat.s0.paper", "start": "rollout"}
+    assert "40_play.flat.s0.paper" in cut["50_tables"].needs
+
+
+def finish(profile, step, inputs=()):
+    "What a run leaves: its result, the sidecar, the stamp."
+    path = runs.build(profile) / step.made
+    is_folder = not step.made.endswith(".gz")
+    (files.write_json if is_folder else files.write_jsonl)(
+        path / "training.json" if is_folder else path, [{"task": "boil", "variation": 0}]
+    )
+    files.write_sidecar(path, "files.toy", {}, [runs.build(profile) / i for i in inputs])
+    values = runs.resolve(runs.find_notebook(step.notebook), profile, step.changes)
+    runs.write_stamp(profile, step.name, step.notebook, values, step.made)
+
+
+def test_changed_parameters_code_and_inputs_show_as_stale(project):
+    edit(project / "params/cpu.yaml", "[random", "[flat.s0.paper, random")
+    steps = {step.name: step for step in runs.plan("cpu")}
+    for name in ("10_oracle.train", "10_oracle.dev"):
+        finish("cpu", steps[name])
+    finish("cpu", steps["30_train.flat.s0"], ["oracle/train.jsonl.gz", "oracle/dev.jsonl.gz"])
+
+    def states():
+        return {row["run"]: row["state"] for row in runs.status("cpu")}
+
+    assert states()["30_train.flat.s0"] == "done"
+    assert states()["20_annotate.program.train"] == "missing"
+    edit(project / "params/cpu.yaml", "common: {}\n", "common: {}\n30_train: {rate: 0.5}\n")
+    assert states()["30_train.flat.s0"] == "stale-params"
+    assert states()["10_oracle.train"] == "done"
+    edit(project / "params/cpu.yaml", "30_train: {rate: 0.5}\n", "")
+    path = files.sidecar_path(project / "build/cpu/students/flat.s0")
+    record = files.read_json(path)
+    files.write_json(path, record | {"code_sha": "0" * 12})
+    assert states()["30_train.flat.s0"] == "stale-code"
+    files.write_json(path, record)
+    files.write_jsonl(project / "build/cpu/oracle/train.jsonl.gz", [])
+    assert states()["10_oracle.train"] == "damaged"
+    assert states()["30_train.flat.s0"] == "stale-inputs"
+    assert len(runs.drop_bad_stamps("cpu", list(steps.values()))) == 1
+    assert states()["10_oracle.train"] == "missing"
+
+
+def test_resolved_parameters_are_rewritten_only_if_changed(project):
+    notebook = runs.find_notebook("30_train")
+    path = runs.write_params("x", notebook, "cpu", {"student": "flat.s0"})
+    os.utime(path, (1, 1))
+    runs.write_params("x", notebook, "cpu", {"student": "flat.s0"})
+    assert path.stat().st_mtime == 1
+    runs.write_params("x", notebook, "cpu", {"student": "flat.s0", "rate": 0.2})
+    assert path.stat().st_mtime > 1
+
+
+# -- executing ---------------------------------------------------------------------------------
+
+
+def fails(project, source, **options):
+    sources = "print(profile, start)", source, "'never reached'"
+    write_notebook(project / "nbs/experiments", "30_train", HEAD, *sources)
+    with pytest.raises(runs.RunError) as caught:
+        runs.run("30_train", "cpu", **options)
+    kept = project / "build/cpu/notebooks/30_train.failed.ipynb"
+    assert kept.exists() and str(kept.relative_to(project)) in str(caught.value)
+    assert not (project / "build/cpu/notebooks/30_train.ipynb").exists()
+    assert not runs.stamp_path("cpu", "30_train").exists()
+    assert str(project) not in kept.read_text()
+    return str(caught.value)
+
+
+def test_a_failing_cell_is_named_and_its_copy_kept(project):
+    message = fails(project, "salt = {}\nsalt['pepper']")
+    assert "30_train" in message and "`salt = {}`" in message and "KeyError: 'pepper'" in message
+
+
+def test_a_timeout_is_named(project):
+    message = fails(project, "import time\ntime.sleep(90)", timeout=10)
+    assert "`import time`" in message and "longer than 10 s" in message
+
+
+def test_a_dead_kernel_is_reported_with_its_cause(project):
+    message = fails(project, "import os\nos.kill(os.getpid(), 9)")
+    assert "`import os`" in message and "SIGKILL" in message and "memory" in message
+    message = fails(project, "import os\nos._exit(7)")
+    assert "exit status 7" in message
+
+
+def test_a_good_run_replaces_a_failed_one_and_hides_the_machine(project):
+    fails(project, "1 / 0")
+    source = f"import tqdm, time\nprint({str(project)!r} + '/data')\n"
+    source += "for _ in tqdm.tqdm(range(30), mininterval=0): time.sleep(0.01)"
+    write_notebook(project / "nbs/experiments", "30_train", HEAD, "profile, start", source)
+    copy = runs.run("30_train", "cpu")
+    text = copy.read_text()
+    assert str(project) not in text and "data" in text
+    assert "30/30" in text and " 1/30" not in text
+    assert [p.name for p in copy.parent.iterdir()] == ["30_train.ipynb"]
+
+
+def test_a_second_run_of_the_same_name_is_refused(project):
+    with files.Lock(project / "build/cpu/locks/30_train.flat.s0"):
+        with pytest.raises(RuntimeError, match=f"pid {os.getpid()} on host"):
+            runs.run("30_train", "cpu", {"student": "flat.s0"}, "30_train.flat.s0")
+
+
+# -- the whole line ----------------------------------------------------------------------------
+
+
+def reproduce(*words, check=True):
+    command = [SGD, "reproduce", *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENV, timeout=300)
+    text = done.stdout + done.stderr
+    assert (done.returncode == 0) == check, text
+    return text
+
+
+def made_at(project):
+    names = {p.stem: p.stat().st_mtime_ns for p in (project / "build/cpu/done").glob("*.json")}
+    assert names
+    return names
+
+
+@pytest.mark.timeout(600)
+def test_the_line_from_nothing_to_a_release_and_back(project):
+    "Killed once on the way, made, released, made again from the release, altered, refused."
+    command = [SGD, "reproduce", "--from", "oracle", "--rows", "all"]
+    process = subprocess.Popen(
+        command, env=ENV, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    while not list(project.glob("build/cpu/done/10_*")):
+        assert process.poll() is None, process.stdout.read().decode()
+        time.sleep(0.1)
+    with pytest.raises(RuntimeError, match="run in progress: pid"):
+        runs.reproduce("cpu", "oracle", "all")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    time.sleep(2)
+    kept = made_at(project)
+
+    reproduce("--from", "oracle", "--rows", "all")
+    again = made_at(project)
+    assert all(again[name] == at for name, at in kept.items())
+    assert {row["state"] for row in runs.status("cpu")} == {"done"}
+
+    rows = project / "build/cpu/episodes/random.s0.paper.jsonl.gz"
+    rows.write_bytes(rows.read_bytes()[:20])
+    states = {row["run"]: row["state"] for row in runs.status("cpu")}
+    assert states.pop("40_play.random.s0.paper") == "damaged" and set(states.values()) == {"done"}
+    text = reproduce("--from", "oracle", "--rows", "all")
+    assert "40_play.random.s0.paper will be run again" in text and rows.name in text
+    assert made_at(project)["40_play.oracle.s0.paper"] == again["40_play.oracle.s0.paper"]
+
+    runs.release("cpu")
+    assert runs.verify_release() > 5
+    shutil.rmtree(project / "build")
+    text = reproduce("--from", "rollout")
+    found = files.read_json(project / "build/cpu/compare.json")
+    assert list(found["runs"]) == ["random.s0.paper"]
+    assert found["runs"]["random.s0.paper"]["equal"] == 3
+    assert found["tables"] == {"efficiency.csv": True, "main.csv": True}
+
+    released = project / "paper_results/runs/cpu/oracle.s0.paper.jsonl.gz"
+    released.write_bytes(released.read_bytes()[:20])
+    text = reproduce("--from", "tables", check=False)
+    assert "oracle.s0.paper.jsonl.gz: changed since the release" in text and "Try" in text
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(project):
+    write_notebook(
+        project / "nbs/experiments", "10_oracle", HEAD + "split: str = None", "1 / 0\nsplit"
+    )
+    edit(project / "nbs/experiments/10_oracle.ipynb", "1 / 0", "profile, start, 1 / 0")
+    text = reproduce("--from", "oracle", "--rows", "all", check=False)
+    assert "build/cpu/notebooks/10_oracle.test.failed.ipynb" in text and "ZeroDivisionError" in text
+    assert (project / "build/cpu/episodes/random.s0.paper.jsonl.gz").exists()
+
+
+# -- the release -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def released(project):
+    "A release of one row and one student, with all that is needed to check it."
+    student = project / "paper_results/students/cpu/flat.s0"
+    files.write_json(student / "training.json", {"seconds": 1})
+    files.write_sidecar(student, "files.toy", {})
+    row = project / "paper_results/runs/cpu/flat.s0.paper.jsonl.gz"
+    files.write_jsonl(row, [{"task": "boil", "variation": 0, "score": 3}])
+    files.write_sidecar(row, "files.toy", {}, [student])
+    files.write_json(project / "data/oracle/train.json", {"some": "thing"})
+    runs.write_manifest()
+    assert runs.verify_release() == 5
+    return project
+
+
+def test_no_release_says_what_to_do(project):
+    with pytest.raises(FileNotFoundError, match="MANIFEST.json.*FROM=oracle"):
+        runs.verify_release()
+
+
+def test_altered_missing_and_added_files_are_named(released):
+    (released / "data/oracle/train.json").write_text("{}")
+    with pytest.raises(ValueError, match="data/oracle/train.json: changed"):
+        runs.verify_release()
+    (released / "data/oracle/train.json").unlink()
+    with pytest.raises(ValueError, match="data/oracle/train.json: missing"):
+        runs.verify_release()
+    runs.write_manifest()
+    (released / "data/oracle/extra.csv").write_text("1")
+    with pytest.raises(ValueError, match="data/oracle/extra.csv: not in the manifest"):
+        runs.verify_release()
+
+
+def test_rows_of_another_student_are_stale(released):
+    files.write_json(released / "paper_results/students/cpu/flat.s0/training.json", {"seconds": 2})
+    runs.write_manifest()
+    with pytest.raises(ValueError, match="flat.s0.paper.jsonl.gz: made from another flat.s0"):
+        runs.verify_release()
+
+
+def test_a_smoke_run_is_no_release(project):
+    with pytest.raises(ValueError, match="smoke"):
+        runs.release("smoke")
+
+
+def test_an_unfinished_build_is_no_release(project):
+    with pytest.raises(ValueError, match="10_oracle.test: missing"):
+        runs.release("cpu")
+
+
+def test_a_start_that_needs_a_release_says_so(project):
+    with pytest.raises(FileNotFoundError, match="paper_results/students/cpu/flat.s0.*FROM=train"):
+        runs.place("students/flat.s0", "cpu", "rollout")
