@@ -308,8 +308,10 @@ def estimate(teacher: LLMTeacher, trajectories: list[dict]) -> dict:
 class BatchTeacher(LLMTeacher):
     "A language model whose answers come back in a file."
 
+    name = "batch"
+
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **{"name": "batch", **kwargs})
+        super().__init__(*args, **kwargs)
         self.sent = {}  # bodies that were sent, by task and variation
 
     def where(self, trajectory: dict) -> str:
@@ -451,7 +453,7 @@ def teacher_of(a: argparse.Namespace, requests: list[dict]) -> LLMTeacher:
     llm = LLM(a.model, a.base_url, store, price, **options, **params)
     kind = BatchTeacher if a.export or a.replies else LLMTeacher
     examples = load_examples(a.examples, a.trajectories if a.split == "train" else None)
-    return kind(llm, Prompt(a.format), examples, a.policy, a.spare, a.name or "llm")
+    return kind(llm, Prompt(a.format), examples, a.policy, a.spare, a.name)
 
 # %% ../nbs/05b_llm_teachers.ipynb #e680f725
 def annotate_cli(a: argparse.Namespace) -> None:
