@@ -69,7 +69,6 @@ rule play:
     input: inputs
     output: DONE.replace("{name}", r"{name,40_play\..*}")
     params: options=options
-    threads: 2
     shell: command("40_play")
 
 
