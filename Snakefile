@@ -74,7 +74,7 @@ rule play:
 
 rule report:
     input: inputs
-    output: DONE.replace("{name}", r"{name,[567]0_[a-z]+}")
+    output: DONE.replace("{name}", r"{name,[03567][05]_[a-z]+}")
     params: options=options, notebook=lambda w: PLAN[w.name].notebook
     threads: 2
     shell: command("{params.notebook}")

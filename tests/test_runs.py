@@ -157,6 +157,28 @@ def test_a_plan_is_cut_at_its_start(project):
     assert "40_play.flat.s0.paper" in cut["50_tables"].needs
 
 
+def test_studies_belong_to_all_rows_but_those_of_tables_always(project):
+    edit(
+        project / "params/cpu.yaml",
+        "  others:",
+        "  studies: [05_simulator, 35_architectures, 65_agreement]\n  others:",
+    )
+    nbs = project / "nbs/experiments"
+    for name in runs.STUDIES:
+        write_notebook(nbs, name, HEAD, "profile, start")
+    stages = {s.name: s.stage for s in runs.plan("cpu", "oracle", "all")}
+    assert {n: stages[n] for n in runs.STUDIES} == {n: s for n, (_, s) in runs.STUDIES.items()}
+    assert not {"05_simulator", "35_architectures"} & {
+        s.name for s in runs.plan("cpu", "oracle", "main")
+    }
+    assert "65_agreement" in {s.name for s in runs.plan("cpu", "tables", "main")}
+    edit(project / "params/cpu.yaml", "65_agreement", "65_agrement")
+    with pytest.raises(
+        runs.ParameterError, match="cpu.yaml: unknown study '65_agrement'.*65_agreement"
+    ):
+        runs.plan("cpu")
+
+
 def finish(profile, step, inputs=()):
     "What a run leaves: its result, the sidecar, the stamp."
     path = runs.build(profile) / step.made
