@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from sgd import training
 from sgd.files import read_json, read_jsonl, write_jsonl
-from sgd.training import CHECKPOINT, batches, fit_student, read_data
+from sgd.training import BEST, CHECKPOINT, batches, fit_student, read_data
 
 STEPS = 60
 
@@ -105,16 +105,29 @@ def test_changed_data_of_the_same_size_are_not_resumed(small, tmp_path):
     assert record(tmp_path / "s") == record(tmp_path / "fresh")
 
 
-def test_a_torn_checkpoint_is_named(small, tmp_path):
-    real, training._finish = training._finish, lambda *_: None
-    try:
+@pytest.mark.parametrize("name", [CHECKPOINT, BEST])
+def test_a_torn_file_is_named_and_the_training_done_again(small, tmp_path, monkeypatch, name):
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "_finish", lambda *_: None)
         fit(tmp_path / "s", small, steps=2, every=1)
-    finally:
-        training._finish = real
-    path = tmp_path / "s" / CHECKPOINT
+    path = tmp_path / "s" / name
     path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="checkpoint.part, got a torn file, try deleting it"):
+    with pytest.warns(UserWarning, match=f"{name}.* is torn .*: trained from the start"):
         fit(tmp_path / "s", small, steps=2, every=1)
+    fit(tmp_path / "fresh", small, steps=2, every=1)
+    assert record(tmp_path / "s")["losses"] == record(tmp_path / "fresh")["losses"]
+
+
+def test_nobody_learns_from_test_paths_whatever_their_file_is_called(small, tmp_path):
+    rows = [r | {"split": "test"} for r in read_jsonl(small["train"])]
+    hidden = write_jsonl(tmp_path / "extra.jsonl", rows)
+    with pytest.raises(PermissionError, match="extra.jsonl, got test ones"):
+        fit(tmp_path / "s", {**small, "train": hidden})
+
+
+def test_train_and_dev_share_no_path(small, tmp_path):
+    with pytest.raises(ValueError, match="without a common path, got .* in both"):
+        fit(tmp_path / "s", {**small, "dev": small["train"], "dev_notes": small["train_notes"]})
 
 
 def test_missing_annotations_are_an_error_that_names_one(small, tmp_path):
