@@ -59,9 +59,9 @@ def test_killed_at_random_steps_it_ends_with_the_same_losses_and_weights(small, 
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert workers.interrupted(fit, (whole, small), lambda: 0, kills=0) == 0
     killed = workers.interrupted(
-        fit, (cut, small), lambda: workers.changed(cut / CHECKPOINT), kills=4, wait=0.3
+        fit, (cut, small), lambda: workers.changed(cut / CHECKPOINT), kills=10, wait=0.3
     )
-    assert killed >= 3
+    assert killed >= 8
     assert record(cut) == record(whole)
     a, b = (load_file(f / "model.safetensors") for f in (cut, whole))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
