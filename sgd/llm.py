@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['PER_MESSAGE', 'PER_CALL', 'LIMIT_REASONS', 'FATAL_STATUS', 'SCHEMA', 'canonical', 'call_key', 'UnknownPrice', 'Price',
-           'dollars', 'pico', 'price_of', 'answer_limit', 'most_tokens', 'Verdict', 'same_model', 'known_usage',
-           'outcome', 'judge', 'judge_error', 'asked_wait', 'back_off', 'Store', 'LLMError', 'BudgetExceeded', 'Budget',
-           'Usage', 'Ledger', 'totals', 'correct', 'now', 'NoAnswer', 'EndpointError', 'NotRecorded', 'Answer', 'Keyed',
-           'Endpoint', 'LLM', 'chat_body', 'kept', 'reserve', 'send', 'attempt', 'obtain', 'spread', 'save_recording',
-           'load_recording', 'batch_line', 'batch_verdict', 'take_reply']
+           'dollars', 'pico', 'price_of', 'answer_limit', 'most_tokens', 'writable', 'Verdict', 'same_model',
+           'known_usage', 'outcome', 'read_page', 'judge', 'judge_error', 'asked_wait', 'back_off', 'Store', 'LLMError',
+           'BudgetExceeded', 'Budget', 'Usage', 'Ledger', 'totals', 'correct', 'now', 'book', 'NoAnswer',
+           'EndpointError', 'NotRecorded', 'Answer', 'Keyed', 'Endpoint', 'LLM', 'chat_body', 'kept', 'reserve', 'send',
+           'attempt', 'obtain', 'spread', 'save_recording', 'load_recording', 'batch_line', 'batch_verdict',
+           'take_reply']
 
 # %% ../nbs/03_llm.ipynb #4f037baf
 import hashlib
 import json
 import os
 import random
+import re
 import sqlite3
 import threading
 import time
@@ -121,6 +123,11 @@ def most_tokens(body: dict) -> tuple[int, int]:  # prompt, answer
     return size + PER_MESSAGE * len(messages) + PER_CALL, answer_limit(body)
 
 # %% ../nbs/03_llm.ipynb #81797d1b
+def writable(text: str) -> str:
+    "Text that UTF-8 can hold: lone surrogates are replaced."
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
+
+
 @dataclass(frozen=True)
 class Verdict:
     "What became of a call."
@@ -136,6 +143,10 @@ class Verdict:
     note: str = ""
     again: bool = False  # worth another try at once
     fatal: bool = False  # every other call would fail like this one
+
+    def __post_init__(self):
+        for name in ("text", "model", "reply_id", "note"):
+            object.__setattr__(self, name, writable(getattr(self, name)))
 
 # %% ../nbs/03_llm.ipynb #b5ff348b
 def same_model(asked: str, echoed: str, also: Iterable[str] = ()) -> bool:
@@ -173,20 +184,11 @@ def outcome(choice: dict) -> str:
     return "failed" if finish == "error" else "answered"
 
 # %% ../nbs/03_llm.ipynb #115cc884
-def judge(
-    body: dict,  # what was asked
-    page: str,  # what came back with status 200
-    echoes: Iterable[str] = (),  # other names the endpoint may give the model
-) -> Verdict:
-    "Read a reply; never raises."
-    try:
-        data = json.loads(page)
-        choice = data["choices"][0]
-        state, text = outcome(choice), choice["message"].get("content") or ""
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        note = f"{type(error).__name__}: {page[:80]!r}"
-        return Verdict("failed", "malformed", status=200, note=note, again=True)
-    said = {"model": str(data.get("model", "")), "reply_id": str(data.get("id", ""))}
+def read_page(body: dict, data: dict, echoes: Iterable[str]) -> Verdict:
+    "The verdict on a reply that is JSON; raises if it is no completion."
+    choice = data["choices"][0]
+    state, text = outcome(choice), choice["message"].get("content") or ""
+    said = {"model": str(data.get("model") or ""), "reply_id": str(data.get("id") or "")}
     flag = known_usage(data.get("usage"), most_tokens(body), text)
     if said["model"] and not same_model(body["model"], said["model"], echoes):
         note = f"asked {body['model']}, got {said['model']}"
@@ -197,6 +199,19 @@ def judge(
     used = data["usage"]
     tokens = {"tokens_in": used["prompt_tokens"], "tokens_out": used["completion_tokens"]}
     return Verdict(state, None, text, **said, **tokens, status=200, again=state == "empty")
+
+# %% ../nbs/03_llm.ipynb #5d0c7e1a
+def judge(
+    body: dict,  # what was asked
+    page: str,  # what came back with status 200
+    echoes: Iterable[str] = (),  # other names the endpoint may give the model
+) -> Verdict:
+    "Read a reply; never raises."
+    try:
+        return read_page(body, json.loads(page), tuple(echoes))
+    except Exception as error:
+        note = f"{type(error).__name__}: {page[:80]!r}"
+        return Verdict("failed", "malformed", status=200, note=note, again=True)
 
 # %% ../nbs/03_llm.ipynb #6d04084f
 FATAL_STATUS = (401, 402, 403, 404)
@@ -408,6 +423,22 @@ def now() -> str:
     "The time, in UTC."
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
+# %% ../nbs/03_llm.ipynb #b60e2d94
+def book(
+    ledger: Ledger,
+    row: int,
+    verdict: Verdict,
+    body: dict,
+    latency: float | None = None,  # seconds
+) -> Verdict:  # as it stands in the ledger
+    "Settle a row; what cannot be written is settled as failed."
+    try:
+        ledger.settle(row, verdict, body, latency)
+    except Exception as error:
+        verdict = Verdict("failed", "not written", status=verdict.status, note=repr(error)[:200])
+        ledger.settle(row, verdict, body, latency)
+    return verdict
+
 # %% ../nbs/03_llm.ipynb #6c09b850
 class NoAnswer(LLMError):
     "A call that got no answer worth keeping; its attempts are in the ledger."
@@ -593,6 +624,8 @@ def send(llm: LLM, body: dict) -> tuple[Verdict, float | None]:  # and the wait 
     except openai.APIError as error:
         headers = getattr(getattr(error, "response", None), "headers", {})
         return judge_error(error), asked_wait(headers)
+    except Exception as error:
+        return Verdict("failed", "unexpected", note=repr(error)[:200]), None
 
 # %% ../nbs/03_llm.ipynb #a9bb53f9
 def attempt(llm: LLM, key: str, body: dict) -> tuple[Verdict, float | None]:
@@ -601,7 +634,8 @@ def attempt(llm: LLM, key: str, body: dict) -> tuple[Verdict, float | None]:
         row, began = reserve(llm, key, body), time.monotonic()
         try:
             verdict, pause = send(llm, body)
-            llm.ledger.settle(row, verdict, body, round(time.monotonic() - began, 3))
+            latency = round(time.monotonic() - began, 3)
+            verdict = book(llm.ledger, row, verdict, body, latency)
         finally:
             with llm.landed:
                 llm.flying -= 1
@@ -709,7 +743,7 @@ def take_reply(llm: LLM, body: dict, line: dict) -> Answer:
         query = "SELECT 1 FROM calls WHERE key = ? AND reply_id = ?"
         if not llm.ledger.store.all(query, key, verdict.reply_id):
             row = llm.ledger.reserve(key, llm.endpoint, body, capped=False)
-            llm.ledger.settle(row, verdict, body, latency=None)
+            verdict = book(llm.ledger, row, verdict, body)
         found = kept(llm, key)
     if found is None:
         raise NoAnswer(key, verdict, 1)

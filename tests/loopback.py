@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = (
     "429 500 503 400 401 quota slow hang cut malformed empty null truncated refused "
-    "model usage nousage"
+    "model usage nousage surrogate deep"
 ).split()
 STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "quota": 429}
 
@@ -114,6 +114,8 @@ class Loopback:
             text = ""
         if fault == "null":
             text = None
+        if fault == "surrogate":
+            text += " \ud83d"
         if fault == "truncated":
             text, finish = " ".join(text.split()[: body.get("max_tokens", 9) // 2]), "length"
         if fault == "refused":
@@ -139,6 +141,8 @@ class Loopback:
         page = json.dumps(data)
         if fault == "malformed":
             page = page[: len(page) // 2]
+        if fault == "deep":
+            page = page[:-1] + ', "more": ' + "[" * 10**5 + "]" * 10**5 + "}"
         self.send(http, page, 200, cut=fault == "cut")
         call["sent"] = True
 
@@ -163,7 +167,7 @@ class Loopback:
 
     def billed(self, calls=None) -> tuple:
         """(tokens in, tokens out) of the calls that were sent whole with true counts."""
-        spoiled = ("cut", "malformed", "model", "usage", "nousage")
+        spoiled = ("cut", "malformed", "deep", "model", "usage", "nousage")
         calls = [c for c in calls or self.calls if c["sent"] and c["fault"] not in spoiled]
         used = [c["usage"] for c in calls]
         return sum(u["prompt_tokens"] for u in used), sum(u["completion_tokens"] for u in used)

@@ -30,6 +30,7 @@ from sgd.llm import (
     call_key,
     canonical,
     correct,
+    judge,
     load_recording,
     most_tokens,
     pico,
@@ -142,6 +143,7 @@ BAD = {
     "hang": ("failed", "cut"),
     "cut": ("failed", "cut"),
     "malformed": ("failed", "malformed"),
+    "deep": ("failed", "malformed"),
     "empty": ("empty", None),
     "null": ("empty", None),
     "truncated": ("truncated", None),
@@ -176,6 +178,80 @@ def test_an_answer_with_wrong_counts_is_kept_but_its_tokens_are_not(fault):
         assert row["flag"] == {"usage": "wrong usage", "nousage": "no usage"}[fault]
         assert row["state"] == "answered"
         assert row["held_tokens"] == sum(most_tokens(end.calls[0]["body"]))
+
+
+def test_half_a_character_in_an_answer_is_replaced_and_the_answer_is_kept(tmp_path):
+    store = tmp_path / "calls.sqlite"
+    with Loopback(faults=lambda n, body: "surrogate") as end:
+        for _ in range(2):
+            with client(end, store) as llm:
+                assert llm("boil water").text == "You said: boil water \ufffd"
+                assert [row["state"] for row in ledger(llm)] == ["answered"]
+                assert llm.ledger.total().flagged == 0
+                save_recording(llm, tmp_path / "recording.jsonl")
+        assert len(end.calls) == 1
+
+
+anything = st.recursive(
+    plain | st.just("\ud800") | st.integers() | st.floats(),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                "id model usage choices message content refusal finish_reason "
+                "prompt_tokens completion_tokens total_tokens".split()
+            ),
+            x,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(anything, anything, anything)
+def test_no_page_makes_the_judge_raise_or_writes_what_the_ledger_cannot_hold(any, choice, message):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+    choice = {"message": message} | (choice if isinstance(choice, dict) else {})
+    for page in (any, {"choices": [any]}, {"choices": [choice], "usage": any, "id": any}):
+        verdict = judge(body, json.dumps(page))
+        told = verdict.text + verdict.model + verdict.reply_id + verdict.note
+        told.encode()
+    for text in ("", "[" * 10**5, '{"choices": ' + "[" * 10**5 + "]" * 10**5 + "}"):
+        assert judge(body, text).flag == "malformed"
+
+
+def test_a_row_that_cannot_be_settled_is_settled_as_failed(monkeypatch):
+    settle = sgd_llm.Ledger.settle
+
+    def stumble(self, row, verdict, body, latency):
+        if "ice" in verdict.text:
+            raise OverflowError("too large for the file")
+        settle(self, row, verdict, body, latency)
+
+    with Loopback() as end, client(end) as llm:
+        monkeypatch.setattr(sgd_llm.Ledger, "settle", stumble)
+        results = dict(spread(llm, ["ice", "tin", "\ud83d"], width=1))
+        assert isinstance(results[0], NoAnswer) and "too large" in str(results[0])
+        assert results[1].text == "You said: tin"
+        assert isinstance(results[2], NoAnswer) and "UnicodeEncodeError" in str(results[2])
+        rows = ledger(llm)
+        assert [(row["state"], row["flag"]) for row in rows] == [
+            ("failed", "not written"),
+            ("answered", None),
+            ("failed", "unexpected"),
+        ]
+        assert rows[0]["held_tokens"] == rows[0]["most_in"] + rows[0]["most_out"]
+        line = {"id": "b", "response": {"status_code": 200, "body": json.loads(page_of("ice"))}}
+        with pytest.raises(NoAnswer, match="too large"):
+            take_reply(llm, llm.body("more ice"), line)
+        assert ledger(llm)[-1]["flag"] == "not written"
+
+
+def page_of(text):
+    usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    choice = {"message": {"content": text}, "finish_reason": "stop"}
+    return json.dumps({"id": "x", "model": "loop", "choices": [choice], "usage": usage})
 
 
 @pytest.mark.parametrize("fault", ["401", "quota"])
