@@ -8,8 +8,8 @@ __all__ = ['PER_MESSAGE', 'PER_CALL', 'LIMIT_REASONS', 'FATAL_STATUS', 'SCHEMA',
            'known_usage', 'outcome', 'read_page', 'judge', 'judge_error', 'asked_wait', 'back_off', 'Store', 'LLMError',
            'BudgetExceeded', 'Budget', 'Usage', 'Ledger', 'totals', 'correct', 'now', 'book', 'NoAnswer',
            'EndpointError', 'NotRecorded', 'Answer', 'Keyed', 'Endpoint', 'LLM', 'chat_body', 'kept', 'reserve', 'send',
-           'attempt', 'obtain', 'spread', 'save_recording', 'load_recording', 'batch_line', 'batch_verdict',
-           'take_reply']
+           'attempt', 'recognised', 'check_echo', 'obtain', 'spread', 'save_recording', 'load_recording', 'batch_line',
+           'batch_verdict', 'take_reply']
 
 # %% ../nbs/03_llm.ipynb #4f037baf
 import hashlib
@@ -191,7 +191,7 @@ def read_page(body: dict, data: dict, echoes: Iterable[str]) -> Verdict:
     said = {"model": str(data.get("model") or ""), "reply_id": str(data.get("id") or "")}
     flag = known_usage(data.get("usage"), most_tokens(body), text)
     if said["model"] and not same_model(body["model"], said["model"], echoes):
-        note = f"asked {body['model']}, got {said['model']}"
+        note = f"asked {body['model']}, got {said['model']}; see echoes="
         return Verdict("failed", "wrong model", **said, status=200, note=note, again=True)
     if flag:
         note = canonical(data.get("usage"))[:200]
@@ -642,6 +642,25 @@ def attempt(llm: LLM, key: str, body: dict) -> tuple[Verdict, float | None]:
                 llm.landed.notify_all()
     return verdict, pause
 
+# %% ../nbs/03_llm.ipynb #7c41f8d2
+def recognised(llm: LLM, asked: str, latest: int = 8) -> bool:
+    "Whether one of the latest answers of the endpoint named the model asked for."
+    query = """SELECT model FROM calls WHERE endpoint = ? AND asked = ? AND model != ''
+        ORDER BY id DESC LIMIT ?"""
+    rows = llm.ledger.store.all(query, llm.endpoint, asked, latest)
+    return any(same_model(asked, row["model"], llm.echoes) for row in rows)
+
+
+def check_echo(llm: LLM, asked: str, got: str) -> None:
+    "Raise, once all calls in flight have landed, if the endpoint is not known to serve the model."
+    with llm.landed:
+        llm.landed.wait_for(lambda: recognised(llm, asked) or not llm.flying)
+        if not recognised(llm, asked):
+            raise EndpointError(
+                f"expected answers of {asked} at {llm.endpoint}, got {got}; "
+                f"try echoes=[{got!r}] if that is its other name, else model={got!r}"
+            )
+
 # %% ../nbs/03_llm.ipynb #06087551
 def obtain(llm: LLM, key: str, body: dict) -> Answer:
     "Try until there is an answer worth keeping."
@@ -650,6 +669,7 @@ def obtain(llm: LLM, key: str, body: dict) -> Answer:
             f"expected a kept answer for {key[:12]} of {llm.model} at {llm.endpoint}, got none; "
             "try offline=False, or record it again: prompt or parameters have changed"
         )
+    strange = 0  # answers of another model
     for tried in range(llm.tries):
         verdict, pause = attempt(llm, key, body)
         if verdict.state == "answered":
@@ -657,8 +677,11 @@ def obtain(llm: LLM, key: str, body: dict) -> Answer:
             return Answer(v.text, v.model, v.tokens_in, v.tokens_out, *price[:2], key)
         if verdict.fatal:
             raise EndpointError(f"every call would fail: {verdict.note}")
+        if verdict.flag == "wrong model":
+            strange += 1
+            check_echo(llm, body["model"], verdict.model)
         pause = back_off(tried, key) if pause is None else pause
-        last = not verdict.again or tried + 1 == llm.tries or pause > llm.patience
+        last = not verdict.again or strange > 1 or tried + 1 == llm.tries or pause > llm.patience
         if last or llm.closing.wait(pause):
             break
     raise NoAnswer(key, verdict, tried + 1)
@@ -740,9 +763,10 @@ def take_reply(llm: LLM, body: dict, line: dict) -> Answer:
     key, verdict = call_key(llm.endpoint, body), batch_verdict(body, line, llm.echoes)
     verdict = replace(verdict, reply_id=verdict.reply_id or str(line.get("id", "")))
     with llm.single(key):
-        query = "SELECT 1 FROM calls WHERE key = ? AND reply_id = ?"
-        if not llm.ledger.store.all(query, key, verdict.reply_id):
-            row = llm.ledger.reserve(key, llm.endpoint, body, capped=False)
+        query = "SELECT id, state FROM calls WHERE key = ? AND reply_id = ?"
+        rows = llm.ledger.store.all(query, key, verdict.reply_id)
+        row = rows[0]["id"] if rows else llm.ledger.reserve(key, llm.endpoint, body, capped=False)
+        if not rows or (verdict.state == "answered" and rows[0]["state"] != "answered"):
             verdict = book(llm.ledger, row, verdict, body)
         found = kept(llm, key)
     if found is None:

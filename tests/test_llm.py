@@ -148,7 +148,6 @@ BAD = {
     "null": ("empty", None),
     "truncated": ("truncated", None),
     "refused": ("refused", None),
-    "model": ("failed", "wrong model"),
 }
 
 
@@ -252,6 +251,52 @@ def page_of(text):
     usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
     choice = {"message": {"content": text}, "finish_reason": "stop"}
     return json.dumps({"id": "x", "model": "loop", "choices": [choice], "usage": usage})
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_another_model_from_the_start_stops_the_run_at_once(width, tmp_path):
+    store = tmp_path / "calls.sqlite"
+    with Loopback(faults=lambda n, body: "model", latency=0.05) as end:
+        for again in (1, 2):
+            with client(end, store, width=width) as llm:
+                with pytest.raises(
+                    EndpointError, match="expected .*loop.*got another-model.*echoes"
+                ):
+                    list(spread(llm, map(str, range(10)), width))
+                rows = ledger(llm)
+                assert len(rows) == len(end.calls) <= again * width
+                assert {(row["state"], row["flag"]) for row in rows} == {("failed", "wrong model")}
+                assert all(row["held_tokens"] == row["most_in"] + row["most_out"] for row in rows)
+                assert max(end.bodies().values()) <= again
+        paid = len(end.calls)
+        with client(end, store, echoes=["another-model"]) as llm:
+            assert len(list(spread(llm, map(str, range(10)), width))) == 10
+            assert len(end.calls) == paid + 10 and llm("3").model == "another-model"
+
+
+def test_a_wrong_echo_among_right_ones_is_asked_for_once_more():
+    slips = {1: "model", 4: "model", 5: "model"}
+    with Loopback(faults=slips) as end, client(end) as llm:
+        assert [llm(text).text for text in ("a", "b", "c")][1] == "You said: b"
+        with pytest.raises(
+            NoAnswer, match="failed after 2 attempts: asked loop, got another-model"
+        ):
+            llm("d")
+        assert len(end.calls) == 6 and llm("d").text == "You said: d"
+
+
+def test_a_model_that_was_changed_behind_the_endpoint_is_noticed():
+    with Loopback(faults=lambda n, body: "model" if n >= 20 else None) as end, client(end) as llm:
+        with pytest.raises(EndpointError, match="echoes"):
+            list(spread(llm, map(str, range(60)), width=1))
+        assert len(end.calls) <= 20 + 8
+
+
+def test_calls_in_flight_may_show_that_the_first_echo_was_a_slip():
+    faults = {0: "model", 1: "slow", 2: "slow"}
+    with Loopback(faults=faults, slow=0.3) as end, client(end, width=3) as llm:
+        assert len(list(spread(llm, map(str, range(6)), width=3))) == 6
+        assert len(end.calls) == 7
 
 
 @pytest.mark.parametrize("fault", ["401", "quota"])
@@ -547,6 +592,21 @@ def test_batch_replies_count_once_in_any_order():
         spent = llm.ledger.total()
         assert (spent.calls, spent.tokens_in, spent.flagged) == (6, 10, 0)
         assert llm("say 0").cached and not llm("say 4").cached and len(end.calls) == 1
+
+
+def test_a_batch_refused_for_its_models_name_is_taken_once_the_name_is_told(tmp_path):
+    page = json.loads(page_of("ok")) | {"model": "alias"}
+    line = {"id": "b", "response": {"status_code": 200, "body": page}}
+    for echoes, flagged in (((), 1), ((), 1), (["alias"], 0), ((), 0)):
+        options = {"price": PRICE, "offline": True, "echoes": echoes}
+        with LLM("loop", store=tmp_path / "calls.sqlite", **options) as llm:
+            body = llm.body("say")
+            if flagged:
+                with pytest.raises(NoAnswer, match="asked loop, got alias.*echoes"):
+                    take_reply(llm, body, line)
+            else:
+                assert take_reply(llm, body, line).text == "ok"
+            assert (llm.ledger.total().calls, llm.ledger.total().flagged) == (1, flagged)
 
 
 def test_importing_the_client_opens_nothing():
