@@ -42,7 +42,10 @@ class Loopback:
     """A counting endpoint; `faults` maps call number -> fault name, or is a rule(n, body)."""
 
     def __init__(self, answer=echo, faults=None, latency=0.0, retry_after="0.05", slow=0.5):
-        self.answer, self.latency, self.retry_after, self.slow = answer, latency, retry_after, slow
+        self.answer, self.latency, self.slow = answer, latency, slow
+        # seconds as text, or headers: {name: function that makes the value}
+        self.waits = {"Retry-After": lambda: retry_after} if retry_after else {}
+        self.waits = retry_after if isinstance(retry_after, dict) else self.waits
         self.faults = faults if callable(faults) else lambda n, body: (faults or {}).get(n)
         self.calls = []  # every call that arrived: {n, body, fault, headers, sent, usage}
         self.flying = self.widest = 0
@@ -152,8 +155,9 @@ class Loopback:
         http.send_response(status)
         http.send_header("Content-Type", "application/json")
         http.send_header("Content-Length", str(len(data)))
-        if status in (429, 503) and self.retry_after is not None:
-            http.send_header("Retry-After", self.retry_after)
+        if status in (429, 503):
+            for name, value in self.waits.items():
+                http.send_header(name, value())
         http.end_headers()
         http.wfile.write(data[: len(data) // 2] if cut else data)
         http.wfile.flush()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,7 @@ from sgd.llm import (
     judge,
     load_recording,
     most_tokens,
+    params_of,
     pico,
     price_of,
     save_recording,
@@ -294,7 +296,7 @@ def test_a_model_that_was_changed_behind_the_endpoint_is_noticed():
 
 def test_calls_in_flight_may_show_that_the_first_echo_was_a_slip():
     faults = {0: "model", 1: "slow", 2: "slow"}
-    with Loopback(faults=faults, slow=0.3) as end, client(end, width=3) as llm:
+    with Loopback(faults=faults, latency=0.3, slow=0.3) as end, client(end, width=3) as llm:
         assert len(list(spread(llm, map(str, range(6)), width=3))) == 6
         assert len(end.calls) == 7
 
@@ -328,6 +330,37 @@ def test_retry_after_is_obeyed_and_patience_ends_it():
         with pytest.raises(NoAnswer):
             llm("wait")
         assert len(end.calls) == 1
+
+
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_a_date_and_milliseconds_are_obeyed_too(status):
+    def date():
+        return formatdate(time.time() + 2, usegmt=True)  # whole seconds: between 1 and 2 from now
+
+    for asks, least, most in (
+        ({"Retry-After": date}, 1, 2.5),
+        ({"retry-after-ms": lambda: "300"}, 0.3, 0.9),
+        ({"retry-after-ms": lambda: "300", "Retry-After": lambda: "3600"}, 0.3, 0.9),
+    ):
+        with Loopback(faults={0: status}, retry_after=asks) as end, client(end) as llm:
+            llm("wait")
+            first, second = (call["at"] for call in end.calls)
+            assert least - 0.05 <= second - first <= most
+
+
+def test_what_a_header_asks_for():
+    def at(seconds, form="%a, %d %b %Y %H:%M:%S GMT"):
+        return time.strftime(form, time.gmtime(time.time() + seconds))
+
+    wait = sgd_llm.asked_wait
+    assert 58 <= wait({"retry-after": at(60)}) <= 60
+    assert 58 <= wait({"retry-after": at(60, "%a, %d %b %Y %H:%M:%S")}) <= 60  # a date is in GMT
+    assert wait({"retry-after": at(-60)}) == 0
+    assert wait({"retry-after-ms": "1500"}) == 1.5 and wait({"retry-after": " 2 "}) == 2
+    assert wait({"retry-after-ms": "soon", "retry-after": "7"}) == 7
+    for odd in ("", "soon", "-5", "nan", "inf", "1e3", "²"):
+        assert wait({"retry-after": odd}) is None and wait({"retry-after-ms": odd}) is None
+    assert wait({}) is None
 
 
 def test_a_slow_answer_is_one_call():
@@ -551,6 +584,73 @@ def test_prices_are_exact_or_refused(tmp_path):
     assert price_of("a", sheet)[:2] == (1_000_000, 2_000_000)
     with pytest.raises(UnknownPrice, match="known: a.*Try price="):
         price_of("a-2026-01-01", sheet)
+
+
+def test_no_row_is_booked_at_an_invented_price(tmp_path):
+    line = {"id": "b", "response": {"status_code": 200, "body": json.loads(page_of("ok"))}}
+    with pytest.raises(UnknownPrice):
+        LLM("loop", store=tmp_path / "online.sqlite")
+    with LLM("loop", store=tmp_path / "calls.sqlite", offline=True) as llm:
+        assert batch_line("one", llm.body("say"))["body"]["model"] == "loop"
+        with pytest.raises(UnknownPrice, match="expected a model of prices.yaml.*price="):
+            take_reply(llm, llm.body("say"), line)
+        with pytest.raises(UnknownPrice):
+            llm.ledger.price
+        assert ledger(llm) == ledger(llm, "SELECT * FROM answers") == []
+    line["response"]["body"]["model"] = "gpt-4o-mini"
+    with LLM("gpt-4o-mini", offline=True) as llm:
+        answer, listed = take_reply(llm, llm.body("say"), line), price_of("gpt-4o-mini")
+        assert answer.cost == 2 * listed.tokens_in + listed.tokens_out == llm.ledger.total().cost
+        assert "list price" in ledger(llm)[0]["source"]
+        with pytest.raises(UnknownPrice):
+            take_reply(llm, llm.body("say", model="loop"), line)
+
+
+def test_batches_are_booked_at_the_sheets_batch_rate_or_at_the_price_told(tmp_path):
+    sheet = tmp_path / "prices.yaml"
+    models = "{loop: {in: 0.5, out: 1.5, batch: 0.5, source: here}}"
+    sheet.write_text("{date: 2026-11-22, currency: USD, per: 1000000, models: %s}" % models)
+    assert price_of("loop", sheet, batch=True)[:2] == (250_000, 750_000)
+    assert price_of("loop", sheet)[:2] == (500_000, 1_500_000)
+    line = {"id": "b", "response": {"status_code": 200, "body": json.loads(page_of("ok"))}}
+    for price, cost in ((None, 2 * 250_000 + 750_000), (Price(3, 5, "told"), 11)):
+        with LLM("loop", offline=True, price=price) as llm:
+            llm.ledger.rates.sheet = sheet
+            assert take_reply(llm, llm.body("say"), line).cost == cost
+            assert llm.ledger.total().cost == cost
+            assert ledger(llm)[0]["source"] == ("told" if price else "here, 2026-11-22, batch x0.5")
+
+
+# every field of a body can be set, and left out
+
+
+def test_any_field_can_be_set_or_left_out_for_a_client_or_a_call():
+    with Loopback() as end:
+        with client(end, temperature=0.7, seed=3, top_p=0.5, logprobs=True) as llm:
+            llm("one")
+            sent = {k: v for k, v in end.calls[-1]["body"].items() if k != "messages"}
+            told = {"temperature": 0.7, "seed": 3, "top_p": 0.5, "logprobs": True}
+            assert sent == {"model": "loop", "max_tokens": 40} | told
+            llm("one", temperature=None, max_completion_tokens=30, store=True)
+            assert "temperature" not in end.calls[-1]["body"]
+            assert "max_tokens" not in end.calls[-1]["body"] and end.calls[-1]["body"]["store"]
+        bare = {"temperature": None, "seed": None, "max_tokens": None, "max_completion_tokens": 9}
+        with client(end, **bare, extra={"store": False, "timeout": 3}) as llm:
+            llm("two")
+            names = {"model", "messages", "max_completion_tokens", "store", "timeout"}
+            assert set(end.calls[-1]["body"]) == names
+            llm("two", max_tokens=8)
+            assert set(end.calls[-1]["body"]) == names - {"max_completion_tokens"} | {"max_tokens"}
+            assert [row["most_out"] for row in ledger(llm)] == [9, 8]
+            body = end.calls[0]["body"]
+            with LLM("loop", offline=True, extra=params_of(end.calls[2]["body"])) as again:
+                assert again.body("two") == end.calls[2]["body"]
+            with LLM("loop", offline=True, extra=params_of(body)) as again:
+                assert again.body("one") == body
+    with pytest.raises(ValueError, match="max_completion_tokens of 1 or more, got None"):
+        LLM("loop", offline=True, max_tokens=None).body("no limit")
+    both = {"max_tokens": 70, "max_completion_tokens": 9}
+    assert most_tokens(LLM("loop", offline=True, **both).body("x"))[1] == 70
 
 
 def test_a_recording_replays_without_a_network_and_refuses_edits(tmp_path):
