@@ -8,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sgd.files import root
+from sgd.prompts import BOILING, show
 from sgd.subgoals import (
     Refused,
     Segment,
@@ -651,3 +653,15 @@ def test_stretches_name_their_neighbours():
         "navigate_to(kitchen)",
         "wait(2)",
     )
+
+
+def test_the_card_names_the_request_that_leaves_the_boiling_example_out():
+    "Every other request shows it: a system message, two examples, and the path."
+    folder = root() / "data" / "annotations"
+    rows = map(json.loads, (folder / "requests_spans.jsonl").read_text("utf-8").splitlines())
+    chats = {r["custom_id"].rpartition(".")[0]: r["body"]["messages"] for r in rows}
+    boiling = show(BOILING.description, BOILING.actions)
+    without = [name for name, chat in chats.items() if chat[1]["content"] != boiling]
+    assert without == ["1-1.v0"] and {len(c) for n, c in chats.items() if n not in without} == {6}
+    card = " ".join((folder / "CARD.md").read_text("utf-8").split())
+    assert f"(`{without[0]}`) leaves the boiling example out" in card
