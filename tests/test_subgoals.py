@@ -1,5 +1,6 @@
 """Whatever a teacher answers becomes segments that cover the path, or a refusal with a reason."""
 
+import json
 import random
 import time
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sgd.files import root
+from sgd.prompts import BOILING, show
 from sgd.subgoals import (
     Refused,
     Segment,
@@ -119,6 +122,59 @@ ZOO = {
     "1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n3. wait(2): 5-6\n",
     "both formats": "1. navigate_to(kitchen): 1-2\n2. find(metal pot): {'open cupboard', "
     "'pick up metal pot'}\n3. wait(2): 5-6",
+    "thoughts with a draft": "<think>1. navigate_to(kitchen): 1-1 2. explore(room): 2-5 3. stop(): 6"
+    "</think>1. navigate_to(kitchen): 1-2 2. find(metal pot): 3-4 3. wait(2): 5-6",
+    "thinking tags": "<Thinking>\n1. a(b): 1-6\n</Thinking>\n<reasoning kind='x'>\n1. c(d): 1-6\n"
+    "</reasoning>\n1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n3. wait(2): 5-6",
+    "thoughts after the answer": "1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n"
+    "3. wait(2): 5-6\n<think>or 1. all(): 1-6",
+    "lone closing tag": "1. navigate_to(kitchen): 1-1 2. explore(room): 2-6 <think> </think></think>\n"
+    "1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n3. wait(2): 5-6",
+    "draft without tags": "1. navigate_to(kitchen): 1-1 2. explore(room): 2-5 3. stop(): 6\nNo, better:\n"
+    "1. navigate_to(kitchen): 1-2 2. find(metal pot): 3-4 3. wait(2): 5-6",
+    "draft beyond the end": "1. explore(room): 1-5 2. stop(): 6-9\nAgain:\n"
+    "1. navigate_to(kitchen): 1-2 2. find(metal pot): 3-4 3. wait(2): 5-6",
+    "draft broken off": "1. navigate_to(kitchen): 1-3 2. wait(3): 4-5. Hm, the pot. Again:\n"
+    "1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n3. wait(2): 5-6",
+    "drafts without numbers": "explore(room): 1-4\nstop(): 5-6\n\nnavigate_to(kitchen): 1-2\n"
+    "find(metal pot): 3-4\nwait(2): 5-6",
+    "draft in lists": "1. explore(room): {'open door to kitchen', 'go to kitchen', 'open cupboard'}\n"
+    "2. rest(): {'pick up metal pot', 'wait1', 'wait1'}\nBetter:\n"
+    "1. navigate_to(kitchen): {'open door to kitchen', 'go to kitchen'}\n"
+    "2. find(metal pot): {'open cupboard', 'pick up metal pot'}\n3. wait(2): {'wait1', 'wait1'}",
+    "a remark that begins again": "1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n"
+    "3. wait(2): 5-6\nNote that 1. navigate_to(kitchen): 1-2 is short.",
+    "sections numbered apart": "Kitchen\n1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\n"
+    "Waiting\n1. wait(2): 5-6",
+    "sections of lists": "Kitchen\n1. navigate_to(kitchen): {'open door to kitchen', 'go to kitchen'}\n"
+    "2. find(metal pot): {'open cupboard', 'pick up metal pot'}\nPot\n1. wait(2): {'wait1', 'wait1'}",
+    "draft and JSON": "1. explore(room): 1-5\n2. stop(): 6\nAs JSON: "
+    '[{"subgoal":"navigate_to(kitchen)","first":1,"last":2},'
+    '{"subgoal":"find(metal pot)","first":3,"last":4},{"subgoal":"wait(2)","first":5,"last":6}] [x]',
+    "every number": "1. navigate_to(kitchen): [1, 2]\n2. find(metal pot): 3, 4\n3. wait(2): [5,6]",
+    "and": "1. navigate_to(kitchen): 1 and 2\n2. find(metal pot): steps 3 and 4\n3. wait(2): 5 & 6",
+    "steps by name": "1. navigate_to(kitchen): action 1, action 2\n2. find(metal pot): actions 3, 4\n"
+    "3. wait(2): step 5 and step 6",
+    "without a colon": "navigate_to(kitchen) 1 and 2\nfind(metal pot) 3, 4\nwait(2) 5~6",
+    "strings in JSON": '[{"subgoal":"navigate_to(kitchen)","first":"1","last":"2"},'
+    '{"subgoal":"find(metal pot)","first":"3","last":"4"},{"subgoal":"wait(2)","first":" 5","last":"6"}]',
+    "steps in JSON": '[{"subgoal":"navigate_to(kitchen)","steps":[1,2]},'
+    '{"subgoal":"find(metal pot)","steps":["3","4"]},{"subgoal":"wait(2)","steps":"5-6"}]',
+    "wrapped JSON": 'Sure [as asked]: {"subgoals":[{"name":"navigate_to(kitchen)","first":1,"last":2},'
+    '{"name":"find(metal pot)","first":3,"last":4},{"name":"wait(2)","first":5,"last":6}]} [end]',
+    "twice wrapped JSON": '{"answer": {"segments": [{"sub-goal":"navigate_to(kitchen)","actions":[1,2]},'
+    '{"sub-goal":"find(metal pot)","actions":[3,4]},{"sub-goal":"wait(2)","actions":[5,6]}]}}',
+    "JSON lines": '{"subgoal": "navigate_to(kitchen)", "first_step": 1, "last_step": 2}\n'
+    '{"subgoal": "find(metal pot)", "first_step": 3, "last_step": 4}\n'
+    '{"subgoal": "wait(2)", "first_step": 5, "last_step": 6}',
+    "JSON by phrase": '{"navigate_to(kitchen)": [1, 2], "find(metal pot)": "3-4", '
+    '"wait(2)": {"first": 5, "last": 6}}',
+    "spans in quotes": "1. navigate_to(kitchen): '1-2'\n2. find(metal pot): \"3-4\"\n3. wait(2): '5-6'",
+    "full width": "１．navigate_to（kitchen）：１－２\n２．find（metal pot）：３～４\n３．wait（２）：［５，６］",
+    "nothing to see": "\ufeff1. navigate_to(kitchen):\u00a01\u200b-\u200b2\n2. find(metal\u00a0pot): 3-4\n"
+    "3. wait(2): 5\u00ad-6",
+    "lists with bare numbers": "1. navigate_to(kitchen): {0, open door to kitchen, go to kitchen}\n"
+    "2. find(metal pot): {open cupboard, pick up metal pot}\n3. wait(2): {wait1, wait1}",
 }
 
 
@@ -134,6 +190,7 @@ REFUSALS = {
     "an apology": ("I am sorry, I cannot do that.", "unreadable"),
     "heads without bodies": ("1. navigate_to(kitchen)\n2. find(metal pot)\n", "unreadable"),
     "another path": ("1- eat(cake): {'eat cake', 'eat more cake', 'flush toilet'}", "foreign"),
+    "two short drafts": ("1. a(b): 1 2. c(d): 2\nor\n1. e(f): 1 2. g(h): 4", "foreign"),
     "half a span": ("1. navigate_to(kitchen): 1-2", "foreign"),
     "spans of nothing": ("1. navigate_to(kitchen): 90-99", "foreign"),
 }
@@ -211,6 +268,183 @@ def test_a_useless_reply_to_a_question_costs_only_that_stretch():
 def test_unknown_policy_is_an_error():
     with pytest.raises(ValueError, match="expected a policy"):
         align(PATH, parse_answer(ZOO["spans"]), "guess")
+
+
+THREE = "1. navigate_to(kitchen): {}\n2. find(metal pot): {}\n3. wait(2): {}"
+BETWEEN = "- \u2010 \u2011 \u2012 \u2013 \u2014 \u2015 \u2212 \uff0d ~ -- -> .. ... … to through thru until and &".split()
+
+
+@pytest.mark.parametrize("policy", ["attach", "reject"])
+@pytest.mark.parametrize("between", [*BETWEEN, ",", " ,", "、"])
+@pytest.mark.parametrize("gap", ["", " "])
+def test_any_sign_between_two_step_numbers(between, gap, policy):
+    "Every dash, word and comma between the first and the last step."
+    if between.isalpha():
+        gap = " "
+    text = THREE.format(*(f"{a}{gap}{between}{gap}{a + 1}" for a in (1, 3, 5)))
+    segments, report = align(PATH, parse_answer(text), policy)
+    assert segments == WANTED and report["kept"] == 6 and report["dropped"] == 0
+
+
+LISTS = {
+    "bare": "1, 2, 3, 4",
+    "brackets": "[1, 2, 3, 4]",
+    "braces": "{1,2,3,4}",
+    "and": "1, 2, 3 and 4",
+    "Oxford": "steps 1, 2, 3, and 4",
+    "dots": "1, 2, ..., 4",
+    "parts": "1-2, 3-4",
+    "disorder": "[4, 2, 1, 3]",
+    "semicolons": "1; 2; 3; 4",
+    "a count behind": "1-4, 4 steps",
+}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_of_step_numbers_is_one_span(name):
+    "All of them, not the first two."
+    for head in ("1. cook(pot): {}\n2. wait(2): 5, 6", "cook(pot): {}\nwait(2): 5-6"):
+        segments, report = align(PATH, parse_answer(head.format(LISTS[name])), "reject")
+        assert segments == [Segment("cook(pot)", 0, 3), Segment("wait(2)", 4, 5)]
+        assert report["kept"] == 6 and report["inserted"] == report["dropped"] == 0
+
+
+@pytest.mark.parametrize(
+    "text, kept",
+    [
+        ("1. cook(pot): 1, 2, 4\n2. wait(2): 5-6", 5),  # step 3 is in none
+        ("1. cook(pot): 1 and 4\n2. wait(2): 5-6", 4),
+        ("1. cook(pot): [1, 2, 3]\n2. wait(2): [4, 6]", 5),  # a pair among lists is a list
+        ("1. cook(pot): 1, 2, 4\n2. look(): 3\n3. wait(2): 5-6", 5),  # step 4 would be a return
+        ("1. cook(pot): 1, 3\n2. look(): 2, 4\n3. wait(2): 5-6", 5),
+        ('[{"name":"cook(pot)","steps":[1,2,4]},{"name":"wait(2)","steps":[5,6]}]', 5),
+    ],
+)
+def test_gaps_in_a_list_of_steps_are_refused_or_mended_with_a_report(text, kept):
+    said = parse_answer(text)
+    with pytest.raises(Refused) as e:
+        align(PATH, said, "reject")
+    assert e.value.reason == "missing"
+    for policy in ("attach", "reask"):
+        segments, report = align(PATH, said, policy, lambda s: "?")
+        assert covers(segments, 6) and report["kept"] == kept and report["inserted"] == 6 - kept
+
+
+def test_lines_without_numbers_or_parentheses():
+    lines = "navigate to kitchen: 1-2\n- find: 3, 4\npick up: 5\nwait = 6-6\nTotal steps: 6\nConfidence: 3"
+    assert [
+        (s.subgoal, s.first, s.last) for s in align(PATH, parse_answer(lines), "reject")[0]
+    ] == [
+        ("navigate_to_kitchen()", 0, 1),
+        ("find()", 2, 3),
+        ("pick_up()", 4, 4),
+        ("wait()", 5, 5),
+    ]
+    headings = "Kitchen: 1-4\n1. navigate_to(kitchen): 1-2\n2. find(metal pot): 3-4\nRest: 5-6\n3. wait(2): 5-6"
+    assert align(PATH, parse_answer(headings))[0] == WANTED
+    mixed = "navigate_to(kitchen): 1-2\nfind(metal pot): 3-4\nwait: 5-6"
+    assert align(PATH, parse_answer(mixed), "reject")[0] == [*WANTED[:2], Segment("wait()", 4, 5)]
+
+
+@pytest.mark.parametrize(
+    "text", ["<think>1. a(b): 1-6", "1. a(b): 1-6</think>", "<think>1. a(b): 1-6</think>"]
+)
+def test_thoughts_alone_are_no_answer(text):
+    with pytest.raises(Refused) as e:
+        align(PATH, parse_answer(text))
+    assert e.value.reason == "unreadable"
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(8, 60),
+    st.lists(
+        st.tuples(st.integers(0, 99), st.sampled_from(["spans", "verbatim"])),
+        min_size=2,
+        max_size=6,
+    ),
+    st.sampled_from(["{}</think>{}", "<think>{}</think>{}", "{}\nNo, wait. Again:\n{}"]),
+)
+def test_of_several_divisions_the_last_is_the_answer(n, cuts, frame):
+    "Whatever was tried before it, the last one is read exactly, and nothing is mended."
+    path = [f"step {i}" for i in range(n)]
+    *drafts, true = [cut(n, random.Random(seed)) for seed, _ in cuts]
+    texts = [render(path, d, style) for d, (_, style) in zip([*drafts, true], cuts)]
+    text = frame.format("\nOr:\n".join(texts[:-1]), texts[-1])
+    segments, report = align(path, parse_answer(text), "reject")
+    assert segments == true and report["kept"] == n and report["dropped"] == 0
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["1", "1-2", "wait()", ""]),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(
+                ["subgoal", "name", "first", "last", "steps", "actions", "go(x)", "plan"]
+            ),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(JSON, min_size=1, max_size=4))
+def test_any_json_aligns_or_is_refused(values):
+    "Steps below zero, beyond any end, of any type: never an error."
+    text = "\n".join(map(json.dumps, values))
+    try:
+        segments, report = align(PATH, parse_answer(text), least=0)
+    except Refused as e:
+        assert e.reason
+    else:
+        assert covers(segments, 6) and report["kept"] + report["inserted"] == 6
+
+
+def test_steps_below_zero_are_no_steps():
+    rows = '[{"name":"a()","first":-9,"last":-5},{"name":"b()","first":1,"last":6}]'
+    assert align(PATH, parse_answer(rows))[0] == [Segment("b()", 0, 5)]
+
+
+@pytest.mark.parametrize("style", ["spans", "verbatim"])
+@pytest.mark.parametrize("runs", [2, 30])
+def test_many_drafts_of_a_long_path_in_well_under_a_second(style, runs):
+    path = [f"act {i % 70}" for i in range(5000)]
+    segments = [Segment(f"do(part {i})", i, i + 4) for i in range(0, 5000, 5)]
+    broken = [Stated(f"bad({k})", (), (1, 4000), (), 1) for k in range(runs)]
+    whole = [
+        Stated(s.subgoal, (), (s.first + 1, s.last + 1), (), i) for i, s in enumerate(segments, 1)
+    ]
+    if style == "verbatim":
+        whole = [
+            s._replace(span=None, actions=tuple(path[s.span[0] - 1 : s.span[1]])) for s in whole
+        ]
+        broken = [Stated("bad()", tuple(path[:4000]), None, (), 1) for _ in range(runs)]
+    start = time.process_time()
+    assert align(path, [*broken, *whole, *broken[:3]])[0] == segments
+    assert time.process_time() - start < 1
+
+
+def test_ten_thousand_restarts_stay_quick():
+    path = ["wait1"] * 5000
+    start = time.process_time()
+    align(path, [Stated("all()", (), (1, 4999), (), 1)] * 10000)
+    assert time.process_time() - start < 1
+
+
+def test_a_long_list_of_steps_is_quick():
+    path = [f"act {i}" for i in range(5000)]
+    text = f"1. all(): {', '.join(str(i) for i in range(1, 5001))}"
+    start = time.process_time()
+    assert align(path, parse_answer(text), "reject")[0] == [Segment("all()", 0, 4999)]
+    assert time.process_time() - start < 1
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=12), st.lists(st.sampled_from("abc"), max_size=12))
@@ -376,6 +610,14 @@ def test_time_grows_about_linearly(kind):
         "1. a(b): {" + " x" * 100000 + "}",
         "[" * 100000 + "]" * 100000,
         "x " * 10 + "y" * 100000 + " (",
+        "<think>" * 40000,
+        "</think>" * 40000,
+        '{"a":[' * 40000,
+        '[{"a":1},' * 30000,
+        '{"subgoal":"a()","first":1}\n' * 10000,
+        "1. a(b): " + "1, " * 60000 + "x",
+        "a b: 1-2\n" * 20000,
+        "a " * 100000 + ": 1",
     ],
 )
 def test_no_text_makes_the_parser_slow(text):
@@ -411,3 +653,15 @@ def test_stretches_name_their_neighbours():
         "navigate_to(kitchen)",
         "wait(2)",
     )
+
+
+def test_the_card_names_the_request_that_leaves_the_boiling_example_out():
+    "Every other request shows it: a system message, two examples, and the path."
+    folder = root() / "data" / "annotations"
+    rows = map(json.loads, (folder / "requests_spans.jsonl").read_text("utf-8").splitlines())
+    chats = {r["custom_id"].rpartition(".")[0]: r["body"]["messages"] for r in rows}
+    boiling = show(BOILING.description, BOILING.actions)
+    without = [name for name, chat in chats.items() if chat[1]["content"] != boiling]
+    assert without == ["1-1.v0"] and {len(c) for n, c in chats.items() if n not in without} == {6}
+    card = " ".join((folder / "CARD.md").read_text("utf-8").split())
+    assert f"(`{without[0]}`) leaves the boiling example out" in card
