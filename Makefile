@@ -32,11 +32,11 @@ test: $(READY) ## notebooks, modules, style and crash tests, with the time of ea
 reproduce: $(READY) ## [PROFILE=cpu] [FROM=rollout] [ROWS=main]: make what is missing, compare with the release
 	@sgd reproduce --profile $(PROFILE) --from $(FROM) --rows $(ROWS)
 
-status: $(READY) ## [PROFILE=cpu]: what is done, missing or stale
-	@sgd status --profile $(PROFILE)
+status: $(READY) ## [PROFILE=cpu] [FROM=rollout] [ROWS=main]: what is done, missing or stale
+	@sgd status --profile $(PROFILE) --from $(FROM) --rows $(ROWS)
 
 lab: $(READY) ## read and run the notebooks in JupyterLab
-	@jupyter lab nbs
+	@jupyter lab --notebook-dir=. nbs/index.ipynb
 
 release: $(READY) ## [PROFILE=cpu]: copy build/PROFILE to data/, paper_results/ and figures/
 	@sgd release --profile $(PROFILE)

@@ -229,6 +229,71 @@ def test_resolved_parameters_are_rewritten_only_if_changed(project):
     assert path.stat().st_mtime > 1
 
 
+def test_a_new_release_or_price_is_a_reason_to_run_again(project):
+    head = HEAD + "prices: str = 'data/prices.yaml'\nout: str = 'build/cpu/tables'"
+    write_notebook(
+        project / "nbs/experiments", "60_efficiency", head, "profile, start, prices, out"
+    )
+    prices = project / "data/prices.yaml"
+    for path in (prices, project / "build/cpu/tables/main.csv"):
+        files.write_atomic(path, "one")
+    runs.write_manifest()
+    notebook = runs.find_notebook("60_efficiency")
+
+    def rewritten(start):
+        path = runs.write_params("x", notebook, "cpu", {"start": start})
+        new = path.stat().st_mtime > 1
+        os.utime(path, (1, 1))
+        return new
+
+    assert rewritten("rollout") and not rewritten("rollout")
+    prices.write_text("two")
+    assert rewritten("rollout") and not rewritten("rollout")
+    files.write_atomic(project / "build/cpu/tables/main.csv", "two")
+    assert not rewritten("rollout")
+    files.write_atomic(project / "paper_results/tables/main.csv", "1")
+    runs.write_manifest()
+    assert rewritten("rollout") and not rewritten("rollout")
+    assert rewritten("oracle")
+    files.write_atomic(project / "paper_results/tables/main.csv", "2")
+    runs.write_manifest()
+    assert not rewritten("oracle")
+    record = files.read_json(runs.write_params("x", notebook, "cpu", {"start": "oracle"}))
+    assert list(record["sources"]) == ["data/prices.yaml"]
+
+
+def test_where_a_run_reads_from_does_not_make_it_stale(project):
+    edit(project / "params/cpu.yaml", "[random", "[flat.s0.paper, random")
+    play = {s.name: s for s in runs.plan("cpu", "rollout")}["40_play.flat.s0.paper"]
+    finish("cpu", play)
+    for start in ("oracle", "rollout"):
+        states = {row["run"]: row["state"] for row in runs.status("cpu", start)}
+        assert states[play.name] == "done", start
+
+
+def test_a_pair_is_two_students_each_trained_once(project):
+    pair = runs.parse_run("pair-program.s0.paper")
+    assert pair.students == ["planner-program.s0", "executor-program.s0"]
+    assert pair.student == "planner-program.s0+executor-program.s0"
+    assert pair.plays == "hierarchical" and runs.parse_run("flat.s0.paper").plays == "flat"
+    assert runs.parse_run("oracle.s0.paper").students == []
+    with pytest.raises(ValueError, match="pair-TEACHER.*pair-program.s0.paper"):
+        runs.parse_run("pair.s0.paper")
+    rows = "[pair-program.s0.paper, pair-program.s0.swiftsage, flat.s0.paper, random"
+    edit(project / "params/cpu.yaml", "[random", rows)
+    steps = {s.name: s for s in runs.plan("cpu")}
+    trained = ["30_train.planner-program.s0", "30_train.executor-program.s0"]
+    assert [n for n in steps if n.startswith("30_")] == [*trained, "30_train.flat.s0"]
+    assert steps["40_play.pair-program.s0.paper"].needs == tuple(trained)
+    assert "20_annotate.program.train" in steps[trained[0]].needs
+    assert steps[trained[1]].changes["student"] == "executor-program.s0"
+
+
+def test_a_run_by_hand_without_a_profile_says_what_to_do(project):
+    with pytest.raises(ValueError, match='expected a profile, got None. Try: profile = "smoke"'):
+        runs.build(None)
+
+
 # -- executing ---------------------------------------------------------------------------------
 
 
@@ -318,6 +383,9 @@ def test_the_line_from_nothing_to_a_release_and_back(project):
     again = made_at(project)
     assert all(again[name] == at for name, at in kept.items())
     assert {row["state"] for row in runs.status("cpu")} == {"done"}
+    timing = files.read_json(project / "build/cpu/timing.json")
+    assert timing["FROM=oracle ROWS=all"]["minutes"] > 0
+    assert files.read_json(project / "build/cpu/clock.json") == {}
 
     rows = project / "build/cpu/episodes/random.s0.paper.jsonl.gz"
     rows.write_bytes(rows.read_bytes()[:20])
@@ -398,6 +466,86 @@ def test_rows_of_another_student_are_stale(released):
 def test_a_smoke_run_is_no_release(project):
     with pytest.raises(ValueError, match="smoke"):
         runs.release("smoke")
+
+
+def test_another_profile_does_not_overwrite_the_release(project):
+    with pytest.raises(ValueError, match="profile cpu.*got 'paper'"):
+        runs.release("paper")
+    assert not (project / "build/paper").exists()
+
+
+@pytest.fixture
+def finished(project):
+    "A build in which every run of the plan has ended."
+    steps = {step.name: step for step in runs.plan("cpu")}
+    for step in steps.values():
+        if not step.name.startswith("70_"):
+            finish("cpu", step)
+    assert {row["state"] for row in runs.status("cpu")} == {"done"}
+    return project
+
+
+def test_rows_that_the_build_does_not_have_leave_the_release(finished):
+    shelf = finished / "paper_results"
+    for old in ("runs/cpu/gone.s0.paper.jsonl.gz", "students/cpu/gone.s0/training.json"):
+        files.write_atomic(shelf / old, "old")
+    by_hand = files.write_atomic(finished / "figures/README.md", "by hand")
+    runs.release("cpu")
+    runs.verify_release()
+    assert sorted(p.name for p in (shelf / "runs/cpu").glob("*.gz")) == [
+        "oracle.s0.paper.jsonl.gz",
+        "random.s0.paper.jsonl.gz",
+    ]
+    assert not (shelf / "students/cpu/gone.s0").exists() and by_hand.exists()
+
+
+def test_nothing_is_copied_if_a_row_is_too_large(finished, monkeypatch):
+    monkeypatch.setattr(runs, "ROW_LIMIT", 10)
+    with pytest.raises(ValueError, match="random.s0.paper.jsonl.gz: .* at most 10"):
+        runs.release("cpu")
+    assert not (finished / "data/oracle").exists() and not (finished / "paper_results").exists()
+
+
+def test_released_minutes_stay_unless_newer_ones_were_measured(finished):
+    shelf = finished / "paper_results/timing/cpu.json"
+    old = {"minutes": 9.0, "made": "2024-01-02"}
+    files.write_json(shelf, {"FROM=tables": old, "FROM=rollout": old})
+    fresh = {"FROM=tables": {"minutes": 2.0, "made": "2024-01-03"}, "FROM=oracle": old}
+    older = {"FROM=rollout": {"minutes": 1.0, "made": "2024-01-01"}}
+    files.write_json(finished / "build/cpu/timing.json", fresh | older)
+    runs.release("cpu")
+    runs.verify_release()
+    minutes = {words: r["minutes"] for words, r in files.read_json(shelf).items()}
+    assert minutes == {"FROM=tables": 2.0, "FROM=rollout": 9.0, "FROM=oracle": 9.0}
+
+
+def test_minutes_of_another_clone_are_taken_over(project, tmp_path):
+    clone = tmp_path / "clone"
+    new = {"minutes": 25.0, "made": "2024-02-01"}
+    files.write_json(clone / "build/cpu/timing.json", {"FROM=rollout": new})
+    files.write_json(project / "build/cpu/timing.json", {"FROM=oracle": new})
+    for folder in (clone, clone / "build", clone / "build/cpu"):
+        assert runs.import_timing(folder) == [project / "build/cpu/timing.json"]
+    found = files.read_json(project / "build/cpu/timing.json")
+    assert found == {"FROM=oracle": new, "FROM=rollout": new}
+    with pytest.raises(FileNotFoundError, match="timing.json.*another clone"):
+        runs.import_timing(clone / "build/cpu/tables")
+
+
+def test_sessions_of_one_run_add_up(project):
+    steps = runs.plan("cpu", "oracle", "all")
+    first = runs.Clock("cpu", "oracle", "all", steps)
+    first.begun -= 600
+    first.tick()
+    finish("cpu", steps[0])
+    second = runs.Clock("cpu", "oracle", "all", steps)
+    second.begun -= 300
+    assert round(second.minutes) == 5 and round(second.total) == 15
+    assert runs.Clock("cpu", "oracle", "main", steps).total is None
+    second.tick(done=True)
+    assert runs.Clock("cpu", "oracle", "all", steps).total is None
+    shutil.rmtree(project / "build")
+    assert round(runs.Clock("cpu", "oracle", "all", steps).total, 1) == 0
 
 
 def test_an_unfinished_build_is_no_release(project):
