@@ -7,6 +7,7 @@
 PROFILE ?= cpu
 FROM ?= rollout
 ROWS ?= main
+REPLAY ?= 0
 PYTHON ?= python3
 
 VENV := .venv
@@ -41,8 +42,8 @@ lab: $(READY) ## read and run the notebooks in JupyterLab
 release: $(READY) ## [PROFILE=cpu]: copy build/PROFILE to data/, paper_results/ and figures/
 	@sgd release --profile $(PROFILE)
 
-verify: $(READY) ## check every released file against its hash
-	@sgd verify
+verify: $(READY) ## [REPLAY=0]: check every released file against its hash; play REPLAY oracle paths again
+	@sgd verify --replay $(REPLAY)
 
 readme: $(READY) ## README.md from nbs/index.ipynb
 	@python .ci/readme.py

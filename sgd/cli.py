@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXPECTED', 'settings', 'cmd_run', 'cmd_status', 'cmd_reproduce', 'cmd_compare', 'cmd_release', 'cmd_timing',
-           'cmd_verify', 'parser', 'main']
+           'cmd_verify', 'add', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #f0fe66e8
 import argparse
@@ -48,20 +48,23 @@ def cmd_reproduce(a):
     table = runs.build(a.profile) / "tables" / "main.md"
     if table.exists():
         print(table.read_text(encoding="utf-8"))
-    if a.start != "oracle" or runs.released("episodes/", a.profile).is_dir():
-        cmd_compare(a)
+    if runs.released("episodes/", a.profile).is_dir():
+        print("\n".join(runs.verdicts(runs.compare(a.profile, a.start, a.rows))))
 
-
+# %% ../nbs/16_cli.ipynb #d4be0f1c
 def cmd_compare(a):
     "Compare the build folder with the release."
-    print(json.dumps(runs.compare(a.profile, a.start), indent=1))
+    found = runs.compare(a.profile, a.start, a.rows)
+    print(json.dumps(found, indent=1) if a.json else "\n".join(runs.verdicts(found)))
+    if a.strict and not runs.is_same(found):
+        sys.exit(1)
 
 
 def cmd_release(a):
     "Copy a profile's results into data/, paper_results/ and figures/."
     print(f"released {len(runs.release(a.profile))} files: paper_results/MANIFEST.json")
 
-
+# %% ../nbs/16_cli.ipynb #35a5338e
 def cmd_timing(a):
     "Take over the minutes that another clone measured, for the next release."
     for path in runs.import_timing(a.folder):
@@ -71,40 +74,52 @@ def cmd_timing(a):
 def cmd_verify(a):
     "Check every released file against the manifest."
     print(f"{runs.verify_release()} released files are as they were made")
+    found = runs.replay(a.replay, a.seed) if a.replay else []
+    if other := [f"{r['file']}: {r['task']}/{r['variation']}" for r in found if not r["same"]]:
+        lines = "\n".join(other)
+        raise ValueError(f"expected the released words in every replay, got others in\n{lines}")
+    if found:
+        print(f"{len(found)} oracle paths, played again, are the released ones word for word")
 
 # %% ../nbs/16_cli.ipynb #e6b5a9c1
+def add(commands, function, start: str = "oracle", rows: str = "all"):
+    "One subcommand: its name and help come from its function, its usual options from its name."
+    name = function.__name__.removeprefix("cmd_")
+    command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+    command.set_defaults(function=function)
+    if name not in ("verify", "timing"):
+        command.add_argument("--profile", default="cpu", help="a file of params/")
+    if name in ("status", "reproduce", "compare"):
+        stages = ", ".join(runs.STAGES)
+        command.add_argument("--from", dest="start", default=start, help=f"one of {stages}")
+        command.add_argument("--rows", default=rows, help="main or all")
+    return command
+
+
 def parser() -> argparse.ArgumentParser:
     "The command line."
     top = argparse.ArgumentParser(prog="sgd", description="Sub-goal Distillation, run by run.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-
-    def add(name, function, start="oracle", rows="all"):
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.set_defaults(function=function)
-        if name not in ("verify", "timing"):
-            command.add_argument("--profile", default="cpu", help="a file of params/")
-        if name in ("status", "reproduce", "compare"):
-            stages = ", ".join(runs.STAGES)
-            command.add_argument("--from", dest="start", default=start, help=f"one of {stages}")
-            command.add_argument("--rows", default=rows, help="main or all")
-        return command
-
-    one = add("run", cmd_run)
+    one = add(commands, cmd_run)
     one.add_argument("notebook", help="e.g. 40_play")
     one.add_argument("--set", nargs="+", action="extend", default=[], metavar="NAME=VALUE")
     one.add_argument("--name", default="", help="of the run; the notebook's name unless given")
     one.add_argument("--timeout", type=float, help="seconds for one cell")
-    add("status", cmd_status)
-    whole = add("reproduce", cmd_reproduce, "rollout", "main")
+    add(commands, cmd_status)
+    whole = add(commands, cmd_reproduce, "rollout", "main")
     whole.add_argument("snakemake", nargs="*", help="more words for Snakemake, after --")
-    add("compare", cmd_compare, "rollout")
-    add("release", cmd_release)
-    add("timing", cmd_timing).add_argument("folder", help="another clone, or its build folder")
-    add("verify", cmd_verify)
+    both = add(commands, cmd_compare, "rollout")
+    both.add_argument("--json", action="store_true", help="all facts, not a line a run")
+    both.add_argument("--strict", action="store_true", help="exit with 1 if anything differs")
+    add(commands, cmd_release)
+    add(commands, cmd_timing).add_argument("folder", help="another clone, or its build folder")
+    check = add(commands, cmd_verify)
+    check.add_argument("--replay", type=int, default=0, metavar="N", help="play N oracle paths")
+    check.add_argument("--seed", type=int, default=0, help="of the sample that is played")
     llm_teachers.add_annotate(commands)
     return top
 
-
+# %% ../nbs/16_cli.ipynb #2db9e723
 EXPECTED = (FileNotFoundError, RuntimeError, ValueError, OSError)
 
 

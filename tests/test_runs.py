@@ -1,5 +1,6 @@
 """Runs end as they should: checked parameters, kept failures, resumed lines, a release that holds."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -9,10 +10,11 @@ import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from sgd import files, runs
+from sgd import cli, files, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 SGD = str(Path(sys.executable).with_name("sgd"))
@@ -45,7 +47,8 @@ REPORT = """
 from sgd.files import write_atomic
 from sgd.runs import build, table_rows
 names = sorted(p.name for p in table_rows(profile, start).glob("*.jsonl.gz"))
-write_atomic(build(profile) / "tables" / f"{table}.csv", "\\n".join(names))
+for kind in ("tables", "figures"):
+    write_atomic(build(profile) / kind / f"{table}.csv", "\\n".join(names))
 """
 
 
@@ -74,8 +77,8 @@ def project(tmp_path, monkeypatch):
     write_notebook(nbs, "50_tables", HEAD + "table: str = 'main'", REPORT)
     write_notebook(nbs, "60_efficiency", HEAD + "table: str = 'efficiency'", REPORT)
     compare = "from sgd.files import write_json\nfrom sgd.runs import build, compare\n"
-    compare += 'write_json(build(profile) / "compare.json", compare(profile, start))'
-    write_notebook(nbs, "70_compare", HEAD, compare)
+    compare += 'write_json(build(profile) / "compare.json", compare(profile, start, rows))'
+    write_notebook(nbs, "70_compare", HEAD + "rows: str = 'main'", compare)
     (tmp_path / "params").mkdir()
     text = "common: {}\nrows:\n  main: [random.s0.paper]\n  others: [oracle.s0.paper]\n"
     for profile in ("cpu", "smoke"):
@@ -177,6 +180,15 @@ def test_studies_belong_to_all_rows_but_those_of_tables_always(project):
         runs.ParameterError, match="cpu.yaml: unknown study '65_agrement'.*65_agreement"
     ):
         runs.plan("cpu")
+
+
+def test_the_comparison_comes_after_every_other_report(project):
+    edit(project / "params/cpu.yaml", "  others:", "  studies: [65_agreement]\n  others:")
+    write_notebook(project / "nbs/experiments", "65_agreement", HEAD, "profile, start")
+    (project / "paper_results/runs/cpu").mkdir(parents=True)
+    last = runs.plan("cpu", "tables", "main")[-1]
+    assert last.name == "70_compare" and last.changes == {"start": "tables", "rows": "main"}
+    assert set(last.needs) == {"50_tables", "60_efficiency", "65_agreement"}
 
 
 def finish(profile, step, inputs=()):
@@ -392,6 +404,7 @@ def test_the_line_from_nothing_to_a_release_and_back(project):
     states = {row["run"]: row["state"] for row in runs.status("cpu")}
     assert states.pop("40_play.random.s0.paper") == "damaged" and set(states.values()) == {"done"}
     text = reproduce("--from", "oracle", "--rows", "all")
+    assert f"[{len(again)}/{len(again)}] " in text and "min so far" in text
     assert "40_play.random.s0.paper will be run again" in text and rows.name in text
     assert made_at(project)["40_play.oracle.s0.paper"] == again["40_play.oracle.s0.paper"]
 
@@ -402,12 +415,93 @@ def test_the_line_from_nothing_to_a_release_and_back(project):
     found = files.read_json(project / "build/cpu/compare.json")
     assert list(found["runs"]) == ["random.s0.paper"]
     assert found["runs"]["random.s0.paper"]["equal"] == 3
-    assert found["tables"] == {"efficiency.csv": True, "main.csv": True}
+    assert found["tables"]["tables/efficiency.csv"] == "measured"
+    assert found["tables"]["tables/main.csv"] == found["tables"]["figures/main.csv"] == "same"
+    assert "random.s0.paper: 3 of 3 episodes equal, mean +0.00" in text
+
+    (project / "build/cpu/figures/main.csv").unlink()
+    text = reproduce("--from", "rollout")
+    assert "50_tables will be run again: build/cpu/figures/main.csv is missing" in text
+    assert (project / "build/cpu/figures/main.csv").exists()
+
+    reproduce("--from", "tables")
+    compare = [SGD, "compare", "--from", "tables", "--rows", "main", "--strict"]
+    assert subprocess.run(compare, env=ENV).returncode == 0
+    (project / "build/cpu/figures/main.csv").unlink()
+    done = subprocess.run(compare, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 1 and "missing: figures/main.csv" in done.stdout
 
     released = project / "paper_results/runs/cpu/oracle.s0.paper.jsonl.gz"
     released.write_bytes(released.read_bytes()[:20])
     text = reproduce("--from", "tables", check=False)
     assert "oracle.s0.paper.jsonl.gz: changed since the release" in text and "Try" in text
+
+
+LONG = "import subprocess, time\nsubprocess.Popen(['sleep', '300'])\nprofile, start, split\n"
+
+
+def processes(project):
+    "All processes that work in this folder."
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.cwd() == str(project) and process.pid != os.getpid():
+                found.append(process)
+    return found
+
+
+@pytest.fixture
+def long_run(project):
+    "`sgd reproduce` in the middle of a notebook that takes minutes."
+    cells = LONG + "open('begun', 'w').close()\ntime.sleep(300)"
+    write_notebook(project / "nbs/experiments", "10_oracle", HEAD + "split: str = None", cells)
+    process = subprocess.Popen(
+        [SGD, "reproduce", "--from", "oracle", "--rows", "all"],
+        env=ENV,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (project / "begun").exists():
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    yield process
+    for left in processes(project):
+        left.kill()
+    process.wait()
+
+
+def test_a_killed_command_leaves_the_build_folder_taken(project, long_run):
+    long_run.kill()
+    long_run.wait()
+    with pytest.raises(RuntimeError, match="run in progress: .*Snakemake is pid"):
+        runs.reproduce("cpu", "oracle", "all")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_command_ends_all_that_it_started(project, long_run, number):
+    assert len(processes(project)) > 3
+    long_run.send_signal(number)
+    message = long_run.communicate(timeout=300)[1]
+    assert long_run.returncode == 1 and "sgd: stopped. Run the same command again" in message
+    assert processes(project) == []
+    assert files.read_json(project / "build/cpu/clock.json")["FROM=oracle ROWS=all"] > 0
+    with files.Lock(project / "build/cpu"):
+        pass
+
+
+def test_progress_says_how_many_are_left_and_how_long(project):
+    steps = runs.plan("cpu", "oracle", "all")
+    progress = runs.Progress("cpu", steps)
+    assert progress.news(1) == []
+    finish("cpu", steps[0])
+    line = f"[1/{len(steps)}] {steps[0].name} done, 1.5 min so far"
+    assert progress.news(1.5) == [line] and progress.news(2) == []
+    for step in steps[2:]:
+        path = project / f"paper_results/notebooks/{step.name}.ipynb"
+        files.write_json(path, {"metadata": {"papermill": {"duration": 120}}})
+    finish("cpu", steps[1])
+    assert progress.news(3)[0].endswith(f"at most about {2 * len(steps[2:])} min left")
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(project):
@@ -418,6 +512,68 @@ def test_a_failed_run_is_named_and_the_others_go_on(project):
     text = reproduce("--from", "oracle", "--rows", "all", check=False)
     assert "build/cpu/notebooks/10_oracle.test.failed.ipynb" in text and "ZeroDivisionError" in text
     assert (project / "build/cpu/episodes/random.s0.paper.jsonl.gz").exists()
+
+
+# -- the comparison ----------------------------------------------------------------------------
+
+MAIN = "profile,protocol,agent,teacher,class,score,ci_low,ci_high\n"
+
+
+@pytest.fixture
+def compared(project):
+    "A release with tables and one row, and a build with the same ones."
+    main = MAIN + "cpu,paper,flat,,all,15.00,12.00,18.00\ncpu,paper,random,,all,1.00,0.00,2.00\n"
+    rows = [{"task": "boil", "variation": v, "score": 10 * v, "wall_s": 1} for v in range(4)]
+    tops = project / "build/cpu", project / "paper_results"
+    for tables in (tops[0] / "tables", tops[1] / "tables"):
+        for name, text in {"main": main, "efficiency": "1", "simulator": "1"}.items():
+            files.write_atomic(tables / f"{name}.csv", text)
+    for figures in (tops[0] / "figures", project / "figures"):
+        files.write_atomic(figures / "per_task.csv", "1")
+    for top in (tops[0] / "episodes", tops[1] / "runs/cpu"):
+        files.write_jsonl(top / "flat.s0.paper.jsonl.gz", rows)
+    return project
+
+
+def test_tables_and_figures_of_both_sides_are_compared(compared):
+    built = compared / "build/cpu"
+    found = runs.compare("cpu", "tables", "main")
+    assert found["runs"] == {} and runs.is_same(found)
+    assert set(found["tables"].values()) == {"same", "measured"}
+    files.write_atomic(built / "tables/efficiency.csv", "2")
+    assert runs.compare_tables("cpu", "tables")["tables/efficiency.csv"] == "differs"
+    assert runs.compare_tables("cpu", "rollout")["tables/efficiency.csv"] == "measured"
+    for name in ("figures/per_task.csv", "tables/simulator.csv"):
+        (built / name).unlink()
+    files.write_atomic(built / "tables/more.csv", "1")
+    found = runs.compare("cpu", "rollout", "main")
+    assert found["tables"]["figures/per_task.csv"] == "missing"
+    assert found["tables"]["tables/more.csv"] == "new"
+    assert "tables/simulator.csv" not in found["tables"] and not runs.is_same(found)
+    assert "missing: figures/per_task.csv; new: tables/more.csv" in runs.verdicts(found)[-1]
+    edit(compared / "params/cpu.yaml", "  others:", "  studies: [05_simulator]\n  others:")
+    write_notebook(compared / "nbs/experiments", "05_simulator", HEAD, "profile, start")
+    assert runs.compare_tables("cpu", "oracle", "all")["tables/simulator.csv"] == "missing"
+
+
+def test_the_difference_of_a_run_is_held_against_its_interval(compared):
+    path = compared / "build/cpu/episodes/flat.s0.paper.jsonl.gz"
+    rows = files.read_jsonl(path)
+    for score, inside in ((38, True), (80, False)):
+        files.write_jsonl(path, rows[:3] + [rows[3] | {"score": score}])
+        found = runs.compare("cpu")
+        assert found["runs"]["flat.s0.paper"]["within"] is inside
+        assert runs.is_same(found) is inside
+        line = runs.verdicts(found)[0]
+        assert f"3 of 4 episodes equal, mean {(score - 30) / 4:+.2f}" in line
+        assert f"boil/3 30 -> {score}" in line and ("OUTSIDE" in line) is not inside
+    (compared / "paper_results/tables/main.csv").unlink()
+    assert runs.compare("cpu")["runs"]["flat.s0.paper"]["within"] is None
+
+
+def test_a_profile_without_a_release_is_not_compared(compared):
+    with pytest.raises(FileNotFoundError, match="released profile, got 'smoke'"):
+        runs.compare("smoke")
 
 
 # -- the release -------------------------------------------------------------------------------
@@ -436,6 +592,29 @@ def released(project):
     runs.write_manifest()
     assert runs.verify_release() == 5
     return project
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_released_paths_are_played_again_on_request(released, monkeypatch, capsys, same):
+    played = []
+
+    def verify_sample(path, n, seed, workers):
+        played.append((path.name, n, seed))
+        return [{"task": "boil", "variation": i, "same": same or i < 1} for i in range(n)]
+
+    monkeypatch.setattr(runs, "verify_sample", verify_sample)
+    for split in ("dev", "train"):
+        files.write_jsonl(released / f"data/oracle/{split}.jsonl.gz", [])
+    runs.write_manifest()
+    cli.main(["verify"])
+    assert not played
+    if same:
+        cli.main(["verify", "--replay", "3", "--seed", "7"])
+        assert "3 oracle paths" in capsys.readouterr().out
+    else:
+        with pytest.raises(SystemExit, match="got others in\ndev.jsonl.gz: boil/1$"):
+            cli.main(["verify", "--replay", "3", "--seed", "7"])
+    assert played == [("dev.jsonl.gz", 2, 7), ("train.jsonl.gz", 1, 7)]
 
 
 def test_no_release_says_what_to_do(project):
