@@ -76,11 +76,16 @@ class Ended(NamedTuple):
 
 
 def sgd(files, *more):
-    """The command, in this process: how it ended and what it said."""
+    """The command on these files, in this process."""
+    return command(*words(files, *more))
+
+
+def command(*arguments):
+    """How a command ended and what it said."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
-            main(words(files, *more))
+            main([str(word) for word in arguments])
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
             err.write("" if isinstance(end.code, int) else str(end.code))
@@ -150,7 +155,7 @@ def test_an_unknown_model_asks_for_its_price(files):
     assert done.returncode == 1 and re.search("expected a (model|price)|prices.yaml", done.stderr)
 
 
-@pytest.mark.parametrize("cap", [["--tokens", "9000"]])
+@pytest.mark.parametrize("cap", [["--tokens", "9000"], ["--dollars", "0.009"]])
 def test_a_cap_stops_the_command_with_an_error_and_it_resumes(files, cap):
     with Loopback(answer=divide) as end:
         live = ["--base-url", end.base_url, "--price", "1", "1", "--known-as", "loopback"]
@@ -185,9 +190,14 @@ def reply(line, text=None, **change):
     return {"id": "b", "custom_id": line["custom_id"], "response": response, "error": None}
 
 
-def take(files, lines, *more):
-    text = "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines)
-    (files / "replies.jsonl").write_text(text)
+def to_bytes(line):
+    return json.dumps(line).encode()
+
+
+def take(files, lines=None, *more):
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines or ()]
+    if lines is not None:
+        (files / "replies.jsonl").write_text("\n".join(text))
     sent = ["--requests", files / "requests.jsonl", "--price", "1", "2"]
     return sgd(files, "--import", files / "replies.jsonl", *sent, *more)
 
@@ -265,6 +275,203 @@ def test_bad_batch_answers_are_refused_with_reasons(files):
         assert why in done.stderr, done.stderr
     assert "1 annotated, 5 not" in done.stdout and "1 unreadable" in done.stdout
     assert "2 replies taken, 4 refused" in done.stdout
+
+
+def test_odd_bytes_in_a_batch_output_cost_no_answer(files):
+    """Line separators inside answers, a byte order mark, a file cut inside a character."""
+    lines = export(files, "--task", "boil")[:6]
+    write_jsonl(files / "requests.jsonl", lines)
+    texts = [
+        divide(line["body"]) + odd
+        for line, odd in zip(lines, "\u2028 \u0085 \x1c \u2029".split(" "))
+    ]
+    good = [reply(line, text) for line, text in zip(lines, texts)]
+    data = "\r\n".join(json.dumps(r, ensure_ascii=False) for r in good).encode("utf-8-sig")
+    cut = json.dumps(reply(lines[5], "é"), ensure_ascii=False).encode()
+    cut = cut[: cut.index("é".encode()) + 1]
+    (files / "replies.jsonl").write_bytes(
+        data + b"\n\xef\xbb\xbf" + to_bytes(reply(lines[4])) + b"\n" + cut
+    )
+    done = take(files)
+    assert done.returncode == 0 and "5 replies taken, 1 refused" in done.stdout, done
+    assert "line 6: expected a JSON object" in done.stderr and "5 annotated, 1 not" in done.stdout
+    with LLM("loop", store=files / "llm.sqlite", offline=True) as llm:
+        kept = {row["text"] for row in llm.ledger.store.all("SELECT text FROM answers")}
+    assert kept == {*texts, divide(lines[4]["body"])}
+
+
+STRANGE = ["[]", "null", "7", '"text"', "[" * 100_000, "{}", '{"custom_id": null}']
+STRANGE += ['{"custom_id": 7}', '{"custom_id": ["1-1.v0"]}', "\ufffd", "NaN", "9" * 5000]
+SPOILT = ["oops", [], 7, {}, {"status_code": "200"}, {"status_code": [200], "body": {}}]
+SPOILT += [{"status_code": 200}, {"status_code": 200, "body": None}, {"status_code": 10**30}]
+SPOILT += [{"status_code": 200, "body": float("nan")}, {"status_code": 200, "body": "oops"}]
+SPOILT += [
+    {"status_code": 200, "body": {"choices": 7, "model": 5}},
+    {"status_code": 200, "body": []},
+]
+
+
+def test_no_line_of_a_batch_output_stops_the_others(files):
+    lines = export(files, "--task", "boil")
+    write_jsonl(files / "requests.jsonl", lines[:2])
+    bad = [{"custom_id": lines[0]["custom_id"], "response": odd} for odd in SPOILT]
+    bad.append(reply(lines[0], text="1. a(b\ud800): 1-5"))
+    done = take(files, [*STRANGE, *bad, reply(lines[1])])
+    assert done.returncode == 0, done.stderr
+    assert f"1 replies taken, {len(STRANGE) + len(bad)} refused" in done.stdout, done.stderr
+    assert "1 annotated, 1 not (1 not answered)" in done.stdout
+    for n in range(1, len(STRANGE) + 1):
+        assert f"line {n}: expected" in done.stderr
+    with LLM("loop", offline=True, price=Price(0, 0)) as llm:
+        again = BatchTeacher(llm).take([float("nan"), None, *bad], lines)
+    assert again.taken == 0 and len(again.failed) == len(bad) + 2
+
+
+LITERAL = "--task boil --per-task 4 --split train".split()
+
+
+def test_the_two_commands_need_nothing_else(tmp_path):
+    """Export, then import without the requests: scope and prompts follow from the replies."""
+    place = ["--store", tmp_path / "llm.sqlite", "--out", tmp_path / "out.jsonl.gz"]
+    sent, back = tmp_path / "requests.jsonl", tmp_path / "responses.jsonl"
+    assert command("annotate", "--export", sent, *LITERAL).returncode == 0
+    lines = read_jsonl(sent)
+    assert len(lines) == 4 and lines[0]["body"]["model"] == "gpt-4o-mini"
+    dated = [reply(line, model="gpt-4o-mini-2024-07-18") for line in reversed(lines)]
+    write_jsonl(back, dated[:3])
+    done = command("annotate", "--import", back, *place)
+    assert done.returncode == 0 and "3 annotated, 0 not" in done.stdout, done
+    assert sidecar(tmp_path / "out.jsonl.gz")["facts"]["calls"] == 3
+    write_jsonl(back, dated[3:])
+    done = command("annotate", "--import", back, *place)
+    assert done.returncode == 0 and "4 annotated, 0 not" in done.stdout, done
+    before = (tmp_path / "out.jsonl.gz").read_bytes()
+    rows = read_jsonl(tmp_path / "out.jsonl.gz")
+    assert {row["task"] for row in rows} == {"boil"} and len(rows) == 4
+    done = command("annotate", "--import", back, *place, *LITERAL)
+    assert "4 annotated, 0 not" in done.stdout
+    old = dated[0] | {"custom_id": dated[0]["custom_id"][:-12] + "0123456789ab"}
+    for useless in ([], [old], [{"custom_id": "x"}]):
+        write_jsonl(back, useless)
+        done = command("annotate", "--import", back, *place)
+        assert done.returncode == 1 and f"took none of {len(useless)}" in done.stderr
+        assert (tmp_path / "out.jsonl.gz").read_bytes() == before
+    place[-1] = tmp_path / "new.jsonl.gz"
+    assert command("annotate", "--import", back, *place).returncode == 1
+    assert not place[-1].exists() and not (tmp_path / "new.json").exists()
+
+
+def test_an_import_goes_by_the_model_that_answered(tmp_path):
+    place = ["--store", tmp_path / "llm.sqlite", "--out", tmp_path / "out.jsonl.gz"]
+    sent, back = tmp_path / "requests.jsonl", tmp_path / "responses.jsonl"
+    command("annotate", "--export", sent, *LITERAL, "--model", "my-llama")
+    write_jsonl(back, [reply(line) for line in read_jsonl(sent)])
+    done = command("annotate", "--import", back, *place)
+    assert done.returncode == 1 and "my-llama" in done.stderr  # its price is not known
+    done = command("annotate", "--import", back, *place, "--price", "1", "2")
+    assert done.returncode == 0 and "4 replies taken, 0 refused; model my-llama" in done.stdout
+    row = read_jsonl(tmp_path / "out.jsonl.gz")[0]
+    assert row["model"] == "my-llama" and row["usage"]["cost"] == (50 * 1 + 9 * 2) / 1e6
+
+
+# fields of the request
+
+
+def test_fields_of_the_request_are_told_on_the_command_line(files):
+    with Loopback(divide, faults=lambda n, body: "model") as end:
+        live = ["--base-url", end.base_url, "--price", "1", "1", "--task", "boil"]
+        live += ["--echo", "other", "--echo", "another-model", "--temperature", "0.5"]
+        more = [
+            "--seed",
+            "7",
+            "--param",
+            "top_p=0.9",
+            "--param",
+            "stop=END",
+            "--param",
+            "user=null",
+        ]
+        assert sgd(files, *live, *more, "--param", "store=false").returncode == 0
+        fields = dict(temperature=0.5, seed=7, top_p=0.9, stop="END", store=False)
+        for call in end.calls:
+            body = call["body"]
+            assert {k: body[k] for k in fields} == fields
+            assert set(body) == {*fields, "model", "messages", "max_tokens"}
+        assert sidecar(files / "llm.train.jsonl.gz")["params"]["fields"] == fields | {"user": None}
+        sgd(files, *live, "--param", "temperature=null", "--param", "max_tokens=null")
+        assert set(end.calls[-1]["body"]) == {"model", "messages", "seed", "max_completion_tokens"}
+        room = end.calls[0]["body"]["max_tokens"]
+        assert room in {call["body"].get("max_completion_tokens") for call in end.calls}
+        sgd(files, *live, "--param", "max_completion_tokens=777")
+        assert end.calls[-1]["body"]["max_completion_tokens"] == 777
+        assert "max_tokens" not in end.calls[-1]["body"]
+        assert len(end.calls) == 3 * 14
+
+
+@pytest.mark.parametrize("word", ["top_p", "model=x", "messages=[]", "=3"])
+def test_a_field_that_cannot_be_told_is_an_error(files, word):
+    done = sgd(files, "--price", "1", "1", "--dry-run", "--param", word)
+    assert done.returncode == 1 and "expected --param NAME=VALUE" in done.stderr
+
+
+def test_fields_of_exported_requests_are_those_of_the_command_line(files):
+    told = ["--param", "max_completion_tokens=500", "--param", "temperature=null", "--seed", "3"]
+    lines = export(files, "--task", "boil", *told)
+    assert all(line["body"]["max_completion_tokens"] == 500 for line in lines)
+    assert {*lines[0]["body"]} == {"model", "messages", "seed", "max_completion_tokens"}
+    done = take(files, [reply(line) for line in lines])
+    assert done.returncode == 0 and "14 annotated" in done.stdout
+    done = take(files, [reply(line) for line in lines], "--seed", "4")
+    assert done.returncode == 1 and "fields of --requests alone" in done.stderr
+
+
+def test_tries_are_told_on_the_command_line(files):
+    with Loopback(divide, faults=lambda n, body: "empty") as end:
+        live = [
+            "--base-url",
+            end.base_url,
+            "--price",
+            "1",
+            "1",
+            "--task",
+            "boil",
+            "--per-task",
+            "2",
+        ]
+        done = sgd(files, *live, "--tries", "1")
+        assert len(end.calls) == 2 and "0 annotated, 2 not (2 empty)" in done.stdout
+
+
+# one's own environment
+
+
+def tea(variation, length=6):
+    steps = [{"action": f"pour cup {n}"} for n in range(length)]
+    facts = {"task": "tea", "variation": variation, "description": "Make tea.", "steps": steps}
+    return facts
+
+
+def test_ones_own_paths_need_no_examples(tmp_path):
+    """Of another environment: no task ids, no exemplars; they are demanded only when named."""
+    odd = [trajectory("boil", 6, 7)]  # the exemplar's name, another path
+    write_jsonl(tmp_path / "own.jsonl", [*(tea(v) for v in (10, 2)), *odd])
+    with Loopback(divide) as end:
+        line = ["annotate", "--trajectories", tmp_path / "own.jsonl", "--model", "loop"]
+        line += ["--base-url", end.base_url, "--price", "0", "0", "--store", tmp_path / "s.sqlite"]
+        line += ["--out", tmp_path / "own.train.jsonl.gz"]
+        done = command(*line)
+        assert done.returncode == 0 and "3 annotated, 0 not" in done.stdout, done
+        assert {len(call["body"]["messages"]) for call in end.calls} == {4}  # the boiling example
+        done = command(*line, "--examples", root() / "data/annotations/exemplars.jsonl")
+        assert done.returncode == 1 and "expected every path of exemplars.jsonl" in done.stderr
+
+
+def test_examples_of_the_release_must_be_there(tmp_path):
+    few = read_jsonl(root() / "data/annotations/exemplars.jsonl")[:2]
+    few[1]["variation"] = 9999
+    write_jsonl(tmp_path / "few.jsonl", few)
+    with pytest.raises(ValueError, match="not.*9999"):
+        load_examples(tmp_path / "few.jsonl")
 
 
 # prompts
