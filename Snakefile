@@ -61,7 +61,6 @@ rule train:
     input: inputs
     output: DONE.replace("{name}", r"{name,30_train\..*}")
     params: options=options
-    threads: 2
     shell: command("30_train")
 
 

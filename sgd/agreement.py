@@ -134,6 +134,7 @@ def draw_agreement(
     counts: dict[str, pd.DataFrame],  # by teacher, from `compare`
     curves: dict[str, pd.DataFrame],  # by teacher, from `growth`
     title: str,
+    reference: str = "hand-made",  # whose cuts the others are held against
 ) -> Figure:
     "F1 by task, and distinct phrases against paths read."
     looks = dict(zip(dict.fromkeys([*counts, *curves]), zip(COLOURS, "os^D", LINES)))
@@ -148,7 +149,7 @@ def draw_agreement(
             colour, mark, line = looks[name]
             style = dict(color=colour, marker=mark, ls=line, markevery=0.2, label=name)
             right.plot(curve["paths"], curve["phrases"], **style)
-        left.set(xlabel="boundary F1 with the hand-made annotation", xlim=(-0.03, 1.03))
+        left.set(xlabel=f"boundary F1 with the {reference} annotation", xlim=(-0.03, 1.03))
         left.invert_yaxis()
         right.set(xlabel="paths read, in random order", ylabel="distinct sub-goal phrases")
         right.legend(frameon=False)

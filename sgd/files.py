@@ -6,13 +6,14 @@
 __all__ = ['PACKAGES', 'is_root', 'package_folder', 'root', 'full_disk', 'sync_folder', 'write_atomic', 'write_json', 'read_json',
            'pack', 'read_bytes', 'to_line', 'write_jsonl', 'read_jsonl', 'sha', 'json_sha', 'file_sha', 'is_scratch',
            'content_sha', 'read_part', 'task_key', 'RowLog', 'package_versions', 'git', 'git_facts', 'provenance',
-           'is_docstring', 'syntax', 'sgd_imports', 'closure', 'code_sha', 'sidecar_path', 'stage_module',
+           'is_docstring', 'syntax', 'sgd_imports', 'closure', 'code_sha', 'sidecar_path', 'stage_module', 'at_start',
            'input_facts', 'write_sidecar', 'sidecar', 'why_not_done', 'is_done', 'stale_code', 'Lock']
 
 # %% ../nbs/00_files.ipynb #df22008d
 import ast
 import errno
 import fcntl
+import functools
 import gzip
 import hashlib
 import importlib.util
@@ -189,8 +190,9 @@ def file_sha(path: Path) -> str:
 
 # %% ../nbs/00_files.ipynb #a1b083e8
 def is_scratch(path: Path) -> bool:
-    "Hidden files and unfinished ones are no content."
-    return path.name.startswith(".") or path.suffix in (".part", ".tmp")
+    "Hidden files, files of hidden folders (an editor's copies) and unfinished ones are no content."
+    hidden = any(part.startswith(".") for part in path.parts[-2:])
+    return hidden or path.suffix in (".part", ".tmp")
 
 
 def content_sha(path: Path) -> str:
@@ -409,6 +411,12 @@ def stage_module(stage: str) -> str:
     return stage.removeprefix("sgd.").split(".")[0]
 
 
+@functools.cache
+def at_start(module: str, folder: Path) -> dict:
+    "Code and commit as they were when this process first asked in a project's folder."
+    return {"code_sha": code_sha(module), "git": git_facts()}
+
+
 def input_facts(inputs: list[Path]) -> list[dict]:
     "Name and content of each input of a stage."
     return [{"name": Path(p).name, "sha": content_sha(p)} for p in inputs]
@@ -429,11 +437,11 @@ def write_sidecar(
         "params_sha": json_sha(params),
         "inputs": input_facts(inputs),
         "content_sha": content_sha(path),
-        "code_sha": code_sha(stage_module(stage)),
         "seed": seed,
         "facts": facts,
         "made": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         **provenance(),
+        **at_start(stage_module(stage), root()),
     }
     write_json(sidecar_path(path), record)
     return record
@@ -477,6 +485,7 @@ def why_not_done(path: Path, stage: str, params: dict, inputs: list[Path] = ()) 
 
 def is_done(path: Path, stage: str, params: dict, inputs: list[Path] = ()) -> bool:
     "Is the result there, whole, and made by this stage with these parameters and inputs?"
+    at_start(stage_module(stage), root())  # what is made from here on is this code's
     why = why_not_done(path, stage, params, inputs)
     if why.startswith("damaged"):
         warnings.warn(f"{path}: {why}; it will be made again", stacklevel=2)

@@ -139,15 +139,15 @@ def collect(
             for _, row, _ in players.map(verify, jobs):
                 log.append(row)
                 bar.update()
-    return _store(path, log, params)
+    return _store(path, log, params, set(_jobs(split, tasks, per_task)))
 
 
 CHUNK = 30
 
 # %% ../nbs/02_oracle.ipynb #47615570
-def _store(path: Path, log: RowLog, params: dict) -> Path:
-    "Write the kept trajectories and the facts about all of them."
-    rows = sorted(log.rows, key=task_key)
+def _store(path: Path, log: RowLog, params: dict, wanted: set) -> Path:
+    "Write the kept trajectories of the wanted variations and the facts about all of them."
+    rows = sorted((r for r in log.rows if task_key(r) in wanted), key=task_key)
     out = {task_key(r): why for r in rows if (why := why_excluded(r))}
     keep = rows if params["split"] == "test" else [r for r in rows if task_key(r) not in out]
     write_jsonl(path, keep)

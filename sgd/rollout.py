@@ -282,7 +282,8 @@ def play(
     todo = [j for j in episode_list(protocol, tasks) if j not in log.done]
     bar = tqdm(total=len(todo), desc=f"play {out.name.removesuffix('.jsonl.gz')}", unit="episode")
     if todo:
-        with Pool(min(width, len(todo)), memory_mb=memory_mb) as pool:
+        rules = {"seed": protocol.sim_seed, "simplifications": protocol.simplifications}
+        with Pool(min(width, len(todo)), memory_mb=memory_mb, **rules) as pool:
             for row in Rollout(player, protocol, pool, identity).run_all(todo):
                 log.append(row)
                 bar.update()

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import lru_cache, partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -141,9 +142,9 @@ class Protocol:
     max_actions: int = 200
     negative: str = "zero"  # or "last": the last score that was not negative
     ambiguous: str = "0"  # answer to "Ambiguous request": the first reading
-    action_aid: str = "after-refusal"  # none, after-refusal or constrained
+    action_aid: str = "after-refusal"  # the nearest valid action after a refused one; or none
     decoding: str = "greedy"
-    end_by_executor: bool = False  # may the executor end a sub-goal?
+    end_by_executor: bool = False  # may the executor end a sub-goal? (not built yet)
     jar_sha: str = ""  # sha256 of the simulator's jar
 
     @property
@@ -158,11 +159,14 @@ class Protocol:
 # %% ../nbs/01_world.ipynb #b9eea6ab
 def protocol(name: str = "paper", **changes: Any) -> Protocol:
     "A named protocol with the hash of the installed jar; `changes` override fields."
-    named = {"paper": {}, "swiftsage": {"max_moves": 300, "max_actions": 600, "negative": "last"}}
+    named = {"paper": {}, "swiftsage": {"max_moves": 300, "negative": "last"}}
+    named |= {"dev": {"split": "dev"}}  # the paper's rules on other variations, to choose by
     if name not in named:
         raise ValueError(f"expected a protocol of {sorted(named)}, got {name!r}")
     p = replace(Protocol(name=name, jar_sha=file_sha(jar_path())), **{**named[name], **changes})
-    allowed = {"negative": ("zero", "last"), "action_aid": ("none", "after-refusal", "constrained")}
+    allowed = {"negative": ("zero", "last"), "action_aid": ("none", "after-refusal")}
+    allowed |= {"decoding": ("greedy",), "end_by_executor": (False,)}
+    allowed |= {"simulator": (version("scienceworld"),), "jvm": (JVM_FLAGS,)}
     for field, values in {**allowed, "split": SPLITS}.items():
         if getattr(p, field) not in values:
             raise ValueError(f"expected {field} of {values}, got {getattr(p, field)!r}")

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = (
     "429 500 503 400 401 quota slow hang cut malformed empty null truncated refused "
-    "model usage nousage"
+    "model usage nousage surrogate deep"
 ).split()
 STATUS = {"429": 429, "500": 500, "503": 503, "400": 400, "401": 401, "quota": 429}
 
@@ -42,7 +42,10 @@ class Loopback:
     """A counting endpoint; `faults` maps call number -> fault name, or is a rule(n, body)."""
 
     def __init__(self, answer=echo, faults=None, latency=0.0, retry_after="0.05", slow=0.5):
-        self.answer, self.latency, self.retry_after, self.slow = answer, latency, retry_after, slow
+        self.answer, self.latency, self.slow = answer, latency, slow
+        # seconds as text, or headers: {name: function that makes the value}
+        self.waits = {"Retry-After": lambda: retry_after} if retry_after else {}
+        self.waits = retry_after if isinstance(retry_after, dict) else self.waits
         self.faults = faults if callable(faults) else lambda n, body: (faults or {}).get(n)
         self.calls = []  # every call that arrived: {n, body, fault, headers, sent, usage}
         self.flying = self.widest = 0
@@ -114,6 +117,8 @@ class Loopback:
             text = ""
         if fault == "null":
             text = None
+        if fault == "surrogate":
+            text += " \ud83d"
         if fault == "truncated":
             text, finish = " ".join(text.split()[: body.get("max_tokens", 9) // 2]), "length"
         if fault == "refused":
@@ -139,6 +144,8 @@ class Loopback:
         page = json.dumps(data)
         if fault == "malformed":
             page = page[: len(page) // 2]
+        if fault == "deep":
+            page = page[:-1] + ', "more": ' + "[" * 10**5 + "]" * 10**5 + "}"
         self.send(http, page, 200, cut=fault == "cut")
         call["sent"] = True
 
@@ -148,8 +155,9 @@ class Loopback:
         http.send_response(status)
         http.send_header("Content-Type", "application/json")
         http.send_header("Content-Length", str(len(data)))
-        if status in (429, 503) and self.retry_after is not None:
-            http.send_header("Retry-After", self.retry_after)
+        if status in (429, 503):
+            for name, value in self.waits.items():
+                http.send_header(name, value())
         http.end_headers()
         http.wfile.write(data[: len(data) // 2] if cut else data)
         http.wfile.flush()
@@ -163,7 +171,7 @@ class Loopback:
 
     def billed(self, calls=None) -> tuple:
         """(tokens in, tokens out) of the calls that were sent whole with true counts."""
-        spoiled = ("cut", "malformed", "model", "usage", "nousage")
+        spoiled = ("cut", "malformed", "deep", "model", "usage", "nousage")
         calls = [c for c in calls or self.calls if c["sent"] and c["fault"] not in spoiled]
         used = [c["usage"] for c in calls]
         return sum(u["prompt_tokens"] for u in used), sum(u["completion_tokens"] for u in used)

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgd.agreement import boundaries, compare, compare_path, f1_interval, growth, names, pooled
+from sgd.agreement import (
+    agreement_line,
+    boundaries,
+    compare,
+    compare_path,
+    draw_agreement,
+    f1_interval,
+    growth,
+    names,
+    pooled,
+)
 
 cuts = st.sets(st.integers(1, 29), max_size=12)
 
@@ -57,3 +67,26 @@ def test_growth_never_falls():
     curve = growth([row({1}, f"go({n % 3})", n) for n in range(9)])
     assert curve["phrases"].tolist() == [1, 2, 3, 3, 3, 3, 3, 3, 3]
     assert curve["verbs"].tolist() == [1] * 9
+
+
+def priced(starts, variation, cost):
+    usage = {"prompt_tokens": 100, "completion_tokens": 10, "cost": cost}
+    return row(starts, variation=variation) | {"usage": usage}
+
+
+def test_a_line_counts_only_shared_paths_and_keeps_unknown_costs_apart():
+    rows = [priced({3}, 0, 0.5), priced({4}, 1, None), priced({5}, 2, 9.0)]
+    hand = [row({3}), row({4}, variation=1)]
+    refused = [{"reason": "empty"}, {"reason": "empty"}, {"reason": "refused"}]
+    line = agreement_line("llm", rows, hand, refused)
+    assert (line["paths"], line["f1"], line["cost"], line["unknown_cost"]) == (2, 1.0, 0.5, 1)
+    assert (line["refused"], line["reasons"]) == (3, "2 empty; 1 refused")
+
+
+def test_the_figure_marks_each_task_and_names_its_reference():
+    counts = {"llm": compare([row({3}), row({5}, variation=1)], [row({3}), row({6}, variation=1)])}
+    figure = draw_agreement(counts, {"llm": growth([row({3})])}, "title", "program")
+    left, right = figure.axes
+    assert left.get_xlabel() == "boundary F1 with the program annotation"
+    assert left.collections[0].get_offsets().tolist() == [[0.5, 0.0]]
+    assert right.lines[0].get_ydata().tolist() == [1]

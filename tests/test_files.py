@@ -266,3 +266,24 @@ def test_a_tree_without_git_is_fine_and_says_so(tmp_path, monkeypatch):
 def test_a_machine_without_git_is_fine_and_says_so(monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     assert "not a git tree" in files.provenance()["git"]["note"]
+
+
+def test_an_editors_hidden_copies_are_no_content(tmp_path):
+    files.write_json(tmp_path / "s" / "student.json", {"a": 1})
+    before = files.content_sha(tmp_path / "s")
+    files.write_json(tmp_path / "s" / ".ipynb_checkpoints" / "student-checkpoint.json", {"a": 2})
+    assert files.content_sha(tmp_path / "s") == before
+    files.write_json(tmp_path / "s" / "more" / "b.json", {"a": 2})
+    assert files.content_sha(tmp_path / "s") != before
+
+
+def test_a_long_stage_names_the_commit_and_code_it_began_with(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "git_facts", lambda: {"commit": "first"})
+    files.at_start.cache_clear()
+    assert not files.is_done(tmp_path / "rows.jsonl", "files.toy", {})
+    monkeypatch.setattr(files, "git_facts", lambda: {"commit": "later"})
+    monkeypatch.setattr(files, "code_sha", lambda module: "later")
+    files.write_jsonl(tmp_path / "rows.jsonl", [{"a": 1}])
+    made = files.write_sidecar(tmp_path / "rows.jsonl", "files.toy", {})
+    files.at_start.cache_clear()
+    assert made["git"] == {"commit": "first"} and made["code_sha"] != "later"

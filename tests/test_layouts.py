@@ -5,9 +5,17 @@ import workers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sgd.agents import Episode, StreamAgent
+from sgd.agents import Episode, StepAgent, StreamAgent
 from sgd.files import read_jsonl, write_jsonl
-from sgd.layouts import MARKS, Stream, spaced, stream_pieces, unspaced, windows
+from sgd.layouts import (
+    MARKS,
+    Stream,
+    spaced,
+    step_examples,
+    stream_pieces,
+    unspaced,
+    windows,
+)
 from sgd.rollout import Rollout
 from sgd.students import Student, load_student, new_model
 from sgd.training import ROLES, encode_trajectory, fit_student, train_texts
@@ -110,6 +118,62 @@ def test_live_play_of_oracle_actions_gives_the_training_tokens(pool, small, toke
             assert read_and_written(agent, pair.index(key), row["actions"]) == want
             seen.append(key)
     assert sorted(seen) == sorted(jobs)
+
+
+class Prompts(StepAgent):
+    "A student of the step layout that is told what to write and keeps what it was asked."
+
+    def __init__(self, tokenizer, told: dict):
+        config = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1}
+        net = new_model({**config, "num_heads": 2}, tokenizer)
+        super().__init__([Student(net, tokenizer, ("plan", "act"), "step")], width=2)
+        self.told, self.left, self.asked = told, {}, {}
+
+    def start(self, slot: int, episode: Episode) -> None:
+        trajectory, segments = self.told[episode.task, episode.variation]
+        self.left[slot] = step_examples(trajectory, segments, ("plan", "act"))
+        self.asked[slot] = []
+        super().start(slot, episode)
+
+    def _ask(self, student, role, slots):
+        said = {}
+        for s in slots:
+            want = self.left[s].pop(0)
+            self.asked[s].append((role, self.threads[s].steps.prompt(role)) == want[:2])
+            said[s] = want.target
+        return said
+
+
+def shortest(annotated) -> dict:
+    "The shortest train path of each task, one that no seed changes where there is one."
+    found = {}
+    for t, segments in sorted(annotated, key=lambda ts: (ts[0]["flips"], len(ts[0]["steps"]))):
+        if t["split"] == "train":
+            found.setdefault(t["task"], (t, segments))
+    return {(name, t["variation"]): (t, s) for name, (t, s) in found.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["stream", "step"])
+def test_live_play_of_all_tasks_reads_as_in_training(annotated, tokenizer, layout, pool):
+    told = shortest(annotated)
+    assert len(told) == 30
+    stream = layout == "stream"
+    agent = (
+        Deaf(tiny(tokenizer, ROLES["hierarchical"]), told, width=2)
+        if stream
+        else Prompts(tokenizer, told)
+    )
+    rules = protocol(max_moves=10**6, max_actions=10**6, split="train", action_aid="none")
+    rollout = Rollout(agent, rules, pool, {})
+    for key, (t, segments) in told.items():
+        (row,) = rollout.run_all([key])
+        assert (row["score"], row["actions"]) == (100, len(t["steps"])), key
+        if stream:
+            want = as_trained(tokenizer, t, segments)
+            assert read_and_written(agent, 0, row["actions"]) == want, key
+        else:
+            assert len(agent.asked[0]) == 2 * row["actions"] and all(agent.asked[0]), key
 
 
 def test_flat_is_hierarchical_with_the_plans_deleted_byte_for_byte(annotated):

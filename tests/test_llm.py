@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from email.utils import formatdate
 
 import pytest
 from hypothesis import given, settings
@@ -30,8 +31,10 @@ from sgd.llm import (
     call_key,
     canonical,
     correct,
+    judge,
     load_recording,
     most_tokens,
+    params_of,
     pico,
     price_of,
     save_recording,
@@ -142,11 +145,11 @@ BAD = {
     "hang": ("failed", "cut"),
     "cut": ("failed", "cut"),
     "malformed": ("failed", "malformed"),
+    "deep": ("failed", "malformed"),
     "empty": ("empty", None),
     "null": ("empty", None),
     "truncated": ("truncated", None),
     "refused": ("refused", None),
-    "model": ("failed", "wrong model"),
 }
 
 
@@ -178,6 +181,126 @@ def test_an_answer_with_wrong_counts_is_kept_but_its_tokens_are_not(fault):
         assert row["held_tokens"] == sum(most_tokens(end.calls[0]["body"]))
 
 
+def test_half_a_character_in_an_answer_is_replaced_and_the_answer_is_kept(tmp_path):
+    store = tmp_path / "calls.sqlite"
+    with Loopback(faults=lambda n, body: "surrogate") as end:
+        for _ in range(2):
+            with client(end, store) as llm:
+                assert llm("boil water").text == "You said: boil water \ufffd"
+                assert [row["state"] for row in ledger(llm)] == ["answered"]
+                assert llm.ledger.total().flagged == 0
+                save_recording(llm, tmp_path / "recording.jsonl")
+        assert len(end.calls) == 1
+
+
+anything = st.recursive(
+    plain | st.just("\ud800") | st.integers() | st.floats(),
+    lambda x: (
+        st.lists(x, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                "id model usage choices message content refusal finish_reason "
+                "prompt_tokens completion_tokens total_tokens".split()
+            ),
+            x,
+        )
+    ),
+    max_leaves=12,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(anything, anything, anything)
+def test_no_page_makes_the_judge_raise_or_writes_what_the_ledger_cannot_hold(any, choice, message):
+    body = {"model": "m", "messages": [{"role": "user", "content": "x"}], "max_tokens": 9}
+    choice = {"message": message} | (choice if isinstance(choice, dict) else {})
+    for page in (any, {"choices": [any]}, {"choices": [choice], "usage": any, "id": any}):
+        verdict = judge(body, json.dumps(page))
+        told = verdict.text + verdict.model + verdict.reply_id + verdict.note
+        told.encode()
+    for text in ("", "[" * 10**5, '{"choices": ' + "[" * 10**5 + "]" * 10**5 + "}"):
+        assert judge(body, text).flag == "malformed"
+
+
+def test_a_row_that_cannot_be_settled_is_settled_as_failed(monkeypatch):
+    settle = sgd_llm.Ledger.settle
+
+    def stumble(self, row, verdict, body, latency):
+        if "ice" in verdict.text:
+            raise OverflowError("too large for the file")
+        settle(self, row, verdict, body, latency)
+
+    with Loopback() as end, client(end) as llm:
+        monkeypatch.setattr(sgd_llm.Ledger, "settle", stumble)
+        results = dict(spread(llm, ["ice", "tin", "\ud83d"], width=1))
+        assert isinstance(results[0], NoAnswer) and "too large" in str(results[0])
+        assert results[1].text == "You said: tin"
+        assert isinstance(results[2], NoAnswer) and "UnicodeEncodeError" in str(results[2])
+        rows = ledger(llm)
+        assert [(row["state"], row["flag"]) for row in rows] == [
+            ("failed", "not written"),
+            ("answered", None),
+            ("failed", "unexpected"),
+        ]
+        assert rows[0]["held_tokens"] == rows[0]["most_in"] + rows[0]["most_out"]
+        line = {"id": "b", "response": {"status_code": 200, "body": json.loads(page_of("ice"))}}
+        with pytest.raises(NoAnswer, match="too large"):
+            take_reply(llm, llm.body("more ice"), line)
+        assert ledger(llm)[-1]["flag"] == "not written"
+
+
+def page_of(text):
+    usage = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    choice = {"message": {"content": text}, "finish_reason": "stop"}
+    return json.dumps({"id": "x", "model": "loop", "choices": [choice], "usage": usage})
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_another_model_from_the_start_stops_the_run_at_once(width, tmp_path):
+    store = tmp_path / "calls.sqlite"
+    with Loopback(faults=lambda n, body: "model", latency=0.05) as end:
+        for again in (1, 2):
+            with client(end, store, width=width) as llm:
+                with pytest.raises(
+                    EndpointError, match="expected .*loop.*got another-model.*echoes"
+                ):
+                    list(spread(llm, map(str, range(10)), width))
+                rows = ledger(llm)
+                assert len(rows) == len(end.calls) <= again * width
+                assert {(row["state"], row["flag"]) for row in rows} == {("failed", "wrong model")}
+                assert all(row["held_tokens"] == row["most_in"] + row["most_out"] for row in rows)
+                assert max(end.bodies().values()) <= again
+        paid = len(end.calls)
+        with client(end, store, echoes=["another-model"]) as llm:
+            assert len(list(spread(llm, map(str, range(10)), width))) == 10
+            assert len(end.calls) == paid + 10 and llm("3").model == "another-model"
+
+
+def test_a_wrong_echo_among_right_ones_is_asked_for_once_more():
+    slips = {1: "model", 4: "model", 5: "model"}
+    with Loopback(faults=slips) as end, client(end) as llm:
+        assert [llm(text).text for text in ("a", "b", "c")][1] == "You said: b"
+        with pytest.raises(
+            NoAnswer, match="failed after 2 attempts: asked loop, got another-model"
+        ):
+            llm("d")
+        assert len(end.calls) == 6 and llm("d").text == "You said: d"
+
+
+def test_a_model_that_was_changed_behind_the_endpoint_is_noticed():
+    with Loopback(faults=lambda n, body: "model" if n >= 20 else None) as end, client(end) as llm:
+        with pytest.raises(EndpointError, match="echoes"):
+            list(spread(llm, map(str, range(60)), width=1))
+        assert len(end.calls) <= 20 + 8
+
+
+def test_calls_in_flight_may_show_that_the_first_echo_was_a_slip():
+    faults = {0: "model", 1: "slow", 2: "slow"}
+    with Loopback(faults=faults, latency=0.3, slow=0.3) as end, client(end, width=3) as llm:
+        assert len(list(spread(llm, map(str, range(6)), width=3))) == 6
+        assert len(end.calls) == 7
+
+
 @pytest.mark.parametrize("fault", ["401", "quota"])
 def test_an_endpoint_that_refuses_everything_ends_the_run(fault):
     with Loopback(faults=lambda n, body: fault) as end, client(end) as llm:
@@ -207,6 +330,37 @@ def test_retry_after_is_obeyed_and_patience_ends_it():
         with pytest.raises(NoAnswer):
             llm("wait")
         assert len(end.calls) == 1
+
+
+@pytest.mark.parametrize("status", ["429", "503"])
+def test_a_date_and_milliseconds_are_obeyed_too(status):
+    def date():
+        return formatdate(time.time() + 2, usegmt=True)  # whole seconds: between 1 and 2 from now
+
+    for asks, least, most in (
+        ({"Retry-After": date}, 1, 2.5),
+        ({"retry-after-ms": lambda: "300"}, 0.3, 0.9),
+        ({"retry-after-ms": lambda: "300", "Retry-After": lambda: "3600"}, 0.3, 0.9),
+    ):
+        with Loopback(faults={0: status}, retry_after=asks) as end, client(end) as llm:
+            llm("wait")
+            first, second = (call["at"] for call in end.calls)
+            assert least - 0.05 <= second - first <= most
+
+
+def test_what_a_header_asks_for():
+    def at(seconds, form="%a, %d %b %Y %H:%M:%S GMT"):
+        return time.strftime(form, time.gmtime(time.time() + seconds))
+
+    wait = sgd_llm.asked_wait
+    assert 58 <= wait({"retry-after": at(60)}) <= 60
+    assert 58 <= wait({"retry-after": at(60, "%a, %d %b %Y %H:%M:%S")}) <= 60  # a date is in GMT
+    assert wait({"retry-after": at(-60)}) == 0
+    assert wait({"retry-after-ms": "1500"}) == 1.5 and wait({"retry-after": " 2 "}) == 2
+    assert wait({"retry-after-ms": "soon", "retry-after": "7"}) == 7
+    for odd in ("", "soon", "-5", "nan", "inf", "1e3", "²"):
+        assert wait({"retry-after": odd}) is None and wait({"retry-after-ms": odd}) is None
+    assert wait({}) is None
 
 
 def test_a_slow_answer_is_one_call():
@@ -432,6 +586,73 @@ def test_prices_are_exact_or_refused(tmp_path):
         price_of("a-2026-01-01", sheet)
 
 
+def test_no_row_is_booked_at_an_invented_price(tmp_path):
+    line = {"id": "b", "response": {"status_code": 200, "body": json.loads(page_of("ok"))}}
+    with pytest.raises(UnknownPrice):
+        LLM("loop", store=tmp_path / "online.sqlite")
+    with LLM("loop", store=tmp_path / "calls.sqlite", offline=True) as llm:
+        assert batch_line("one", llm.body("say"))["body"]["model"] == "loop"
+        with pytest.raises(UnknownPrice, match="expected a model of prices.yaml.*price="):
+            take_reply(llm, llm.body("say"), line)
+        with pytest.raises(UnknownPrice):
+            llm.ledger.price
+        assert ledger(llm) == ledger(llm, "SELECT * FROM answers") == []
+    line["response"]["body"]["model"] = "gpt-4o-mini"
+    with LLM("gpt-4o-mini", offline=True) as llm:
+        answer, listed = take_reply(llm, llm.body("say"), line), price_of("gpt-4o-mini")
+        assert answer.cost == 2 * listed.tokens_in + listed.tokens_out == llm.ledger.total().cost
+        assert "list price" in ledger(llm)[0]["source"]
+        with pytest.raises(UnknownPrice):
+            take_reply(llm, llm.body("say", model="loop"), line)
+
+
+def test_batches_are_booked_at_the_sheets_batch_rate_or_at_the_price_told(tmp_path):
+    sheet = tmp_path / "prices.yaml"
+    models = "{loop: {in: 0.5, out: 1.5, batch: 0.5, source: here}}"
+    sheet.write_text("{date: 2026-11-22, currency: USD, per: 1000000, models: %s}" % models)
+    assert price_of("loop", sheet, batch=True)[:2] == (250_000, 750_000)
+    assert price_of("loop", sheet)[:2] == (500_000, 1_500_000)
+    line = {"id": "b", "response": {"status_code": 200, "body": json.loads(page_of("ok"))}}
+    for price, cost in ((None, 2 * 250_000 + 750_000), (Price(3, 5, "told"), 11)):
+        with LLM("loop", offline=True, price=price) as llm:
+            llm.ledger.rates.sheet = sheet
+            assert take_reply(llm, llm.body("say"), line).cost == cost
+            assert llm.ledger.total().cost == cost
+            assert ledger(llm)[0]["source"] == ("told" if price else "here, 2026-11-22, batch x0.5")
+
+
+# every field of a body can be set, and left out
+
+
+def test_any_field_can_be_set_or_left_out_for_a_client_or_a_call():
+    with Loopback() as end:
+        with client(end, temperature=0.7, seed=3, top_p=0.5, logprobs=True) as llm:
+            llm("one")
+            sent = {k: v for k, v in end.calls[-1]["body"].items() if k != "messages"}
+            told = {"temperature": 0.7, "seed": 3, "top_p": 0.5, "logprobs": True}
+            assert sent == {"model": "loop", "max_tokens": 40} | told
+            llm("one", temperature=None, max_completion_tokens=30, store=True)
+            assert "temperature" not in end.calls[-1]["body"]
+            assert "max_tokens" not in end.calls[-1]["body"] and end.calls[-1]["body"]["store"]
+        bare = {"temperature": None, "seed": None, "max_tokens": None, "max_completion_tokens": 9}
+        with client(end, **bare, extra={"store": False, "timeout": 3}) as llm:
+            llm("two")
+            names = {"model", "messages", "max_completion_tokens", "store", "timeout"}
+            assert set(end.calls[-1]["body"]) == names
+            llm("two", max_tokens=8)
+            assert set(end.calls[-1]["body"]) == names - {"max_completion_tokens"} | {"max_tokens"}
+            assert [row["most_out"] for row in ledger(llm)] == [9, 8]
+            body = end.calls[0]["body"]
+            with LLM("loop", offline=True, extra=params_of(end.calls[2]["body"])) as again:
+                assert again.body("two") == end.calls[2]["body"]
+            with LLM("loop", offline=True, extra=params_of(body)) as again:
+                assert again.body("one") == body
+    with pytest.raises(ValueError, match="max_completion_tokens of 1 or more, got None"):
+        LLM("loop", offline=True, max_tokens=None).body("no limit")
+    both = {"max_tokens": 70, "max_completion_tokens": 9}
+    assert most_tokens(LLM("loop", offline=True, **both).body("x"))[1] == 70
+
+
 def test_a_recording_replays_without_a_network_and_refuses_edits(tmp_path):
     path = tmp_path / "rec.jsonl"
     with Loopback() as end, client(end) as llm:
@@ -471,6 +692,21 @@ def test_batch_replies_count_once_in_any_order():
         spent = llm.ledger.total()
         assert (spent.calls, spent.tokens_in, spent.flagged) == (6, 10, 0)
         assert llm("say 0").cached and not llm("say 4").cached and len(end.calls) == 1
+
+
+def test_a_batch_refused_for_its_models_name_is_taken_once_the_name_is_told(tmp_path):
+    page = json.loads(page_of("ok")) | {"model": "alias"}
+    line = {"id": "b", "response": {"status_code": 200, "body": page}}
+    for echoes, flagged in (((), 1), ((), 1), (["alias"], 0), ((), 0)):
+        options = {"price": PRICE, "offline": True, "echoes": echoes}
+        with LLM("loop", store=tmp_path / "calls.sqlite", **options) as llm:
+            body = llm.body("say")
+            if flagged:
+                with pytest.raises(NoAnswer, match="asked loop, got alias.*echoes"):
+                    take_reply(llm, body, line)
+            else:
+                assert take_reply(llm, body, line).text == "ok"
+            assert (llm.ledger.total().calls, llm.ledger.total().flagged) == (1, flagged)
 
 
 def test_importing_the_client_opens_nothing():

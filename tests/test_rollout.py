@@ -11,18 +11,23 @@ import workers
 
 from sgd import rollout
 from sgd.agents import Agent, Decision, OracleAgent, StreamAgent, nearest_action
-from sgd.files import read_jsonl, sidecar
+from sgd.files import read_jsonl, root, sidecar
+from sgd.report import write_tables
 from sgd.rollout import Rollout, episode_list, final_score, make_agent, play, stop_reason
 from sgd.students import load_student
 from sgd.world import Pool, Protocol, State, protocol, refused
 
 RULES = {"split": "train", "per_task": 2, "max_moves": 12, "max_actions": 12}
+REPORTED = root() / "paper_results/reported"
+MANY = {**RULES, "per_task": 6}
 
 
 def played(out: Path, student: Path, **more) -> None:
-    "Six short episodes of an untrained student."
-    name = student.name
-    play(out, name, protocol(**RULES), [student], tasks=workers.FAST, width=2, **more)
+    "Short episodes of an untrained student."
+    facts = {"profile": "t", "teacher": "program", "data": "gold", "layout": "stream"}
+    facts |= {"memory": "all"}
+    args = (out, student.name, protocol(**MANY), [student])
+    play(*args, tasks=workers.FAST, width=2, facts=facts, **more)
 
 
 def told(row: dict) -> dict:
@@ -62,16 +67,21 @@ def rows_of(agent: Agent, pool: Pool, jobs: list, **rules) -> list[dict]:
 
 @pytest.mark.slow
 def test_killed_at_random_points_the_rows_equal_those_of_an_uninterrupted_run(students, tmp_path):
-    whole, cut = tmp_path / "whole.jsonl.gz", tmp_path / "cut.jsonl.gz"
+    name = "hierarchical-program.s0.paper.jsonl.gz"
+    whole, cut = tmp_path / "whole" / name, tmp_path / "cut" / name
     student = students["hierarchical"]
     assert workers.interrupted(played, (whole, student), lambda: 0, kills=0) == 0
     part = cut.with_name(cut.name + ".part")
-    killed = workers.interrupted(played, (cut, student), lambda: workers.size(part), kills=3)
-    assert killed >= 2
+    killed = workers.interrupted(
+        played, (cut, student), lambda: workers.size(part), kills=10, wait=0.2
+    )
+    assert killed >= 8
     a, b = read_jsonl(whole), read_jsonl(cut)
-    assert len(a) == 6
+    assert len(a) == 18
     assert list(map(told, a)) == list(map(told, b))
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(cut.parent.glob("*.part"))
+    tables = [write_tables(p.parent, REPORTED, p.parent, tmp_path / "f") for p in (whole, cut)]
+    assert tables[0].read_bytes() == tables[1].read_bytes()
 
 
 @pytest.mark.slow

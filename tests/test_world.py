@@ -76,6 +76,28 @@ def test_the_protocols_hash_covers_every_field():
     assert len(shas | {base.sha}) == len(other) + 1
 
 
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("action_aid", "constrained"),
+        ("decoding", "beam"),
+        ("end_by_executor", True),
+        ("simulator", "1.3.0"),
+        ("jvm", ()),
+        ("negative", "best"),
+    ],
+)
+def test_a_protocol_promises_only_what_is_played(field, value):
+    with pytest.raises(ValueError, match=f"expected {field} of "):
+        world.protocol(**{field: value})
+
+
+def test_protocols_differ_as_their_names_say():
+    paper, sage, dev = map(world.protocol, ("paper", "swiftsage", "dev"))
+    assert (sage.max_moves, sage.max_actions, sage.negative) == (300, paper.max_actions, "last")
+    assert (dev.split, dev.max_moves, paper.split) == ("dev", paper.max_moves, "test")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["grow-fruit", "mendelian-genetics-known-plant"])
 def test_two_jvms_tell_the_same_story_word_for_word(pool, one_each, task):
