@@ -25,7 +25,7 @@ from loopback import Loopback, divide, some_faults
 from sgd import llm as sgd_llm
 from sgd.cli import main
 from sgd.files import read_jsonl, root, sidecar, write_jsonl
-from sgd.llm import LLM, Price, save_recording
+from sgd.llm import LLM, Price, price_of, save_recording
 from sgd.llm_teachers import (
     BatchTeacher,
     LLMTeacher,
@@ -316,13 +316,13 @@ SPOILT += [
 
 def test_no_line_of_a_batch_output_stops_the_others(files):
     lines = export(files, "--task", "boil")
-    write_jsonl(files / "requests.jsonl", lines[:2])
+    write_jsonl(files / "requests.jsonl", lines[:3])
     bad = [{"custom_id": lines[0]["custom_id"], "response": odd} for odd in SPOILT]
-    bad.append(reply(lines[0], text="1. a(b\ud800): 1-5"))
-    done = take(files, [*STRANGE, *bad, reply(lines[1])])
+    half = reply(lines[1], text=divide(lines[1]["body"]) + " \ud83d")  # half a character
+    done = take(files, [*STRANGE, *bad, half, reply(lines[2])])
     assert done.returncode == 0, done.stderr
-    assert f"1 replies taken, {len(STRANGE) + len(bad)} refused" in done.stdout, done.stderr
-    assert "1 annotated, 1 not (1 not answered)" in done.stdout
+    assert f"2 replies taken, {len(STRANGE) + len(bad)} refused" in done.stdout, done.stderr
+    assert "2 annotated, 1 not (1 not answered)" in done.stdout
     for n in range(1, len(STRANGE) + 1):
         assert f"line {n}: expected" in done.stderr
     with LLM("loop", offline=True, price=Price(0, 0)) as llm:
@@ -338,13 +338,18 @@ def test_the_two_commands_need_nothing_else(tmp_path):
     place = ["--store", tmp_path / "llm.sqlite", "--out", tmp_path / "out.jsonl.gz"]
     sent, back = tmp_path / "requests.jsonl", tmp_path / "responses.jsonl"
     assert command("annotate", "--export", sent, *LITERAL).returncode == 0
+    told = command("annotate", "--export", sent, *LITERAL, "--dry-run").stdout
+    assert float(re.search(r"dollars +(\S+)", told)[1]) > 0
     lines = read_jsonl(sent)
     assert len(lines) == 4 and lines[0]["body"]["model"] == "gpt-4o-mini"
     dated = [reply(line, model="gpt-4o-mini-2024-07-18") for line in reversed(lines)]
     write_jsonl(back, dated[:3])
     done = command("annotate", "--import", back, *place)
     assert done.returncode == 0 and "3 annotated, 0 not" in done.stdout, done
-    assert sidecar(tmp_path / "out.jsonl.gz")["facts"]["calls"] == 3
+    facts = sidecar(tmp_path / "out.jsonl.gz")["facts"]
+    assert facts["calls"] == 3 and "batch" in facts["prices"][0]["source"]
+    half = price_of("gpt-4o-mini", batch=True)
+    assert facts["cost"] == 3 * (50 * half.tokens_in + 9 * half.tokens_out) / 1e12
     write_jsonl(back, dated[3:])
     done = command("annotate", "--import", back, *place)
     assert done.returncode == 0 and "4 annotated, 0 not" in done.stdout, done
@@ -400,7 +405,7 @@ def test_fields_of_the_request_are_told_on_the_command_line(files):
             body = call["body"]
             assert {k: body[k] for k in fields} == fields
             assert set(body) == {*fields, "model", "messages", "max_tokens"}
-        assert sidecar(files / "llm.train.jsonl.gz")["params"]["fields"] == fields | {"user": None}
+        assert sidecar(files / "llm.train.jsonl.gz")["params"]["fields"] == fields
         sgd(files, *live, "--param", "temperature=null", "--param", "max_tokens=null")
         assert set(end.calls[-1]["body"]) == {"model", "messages", "seed", "max_completion_tokens"}
         room = end.calls[0]["body"]["max_tokens"]
