@@ -174,8 +174,8 @@ def spent_on(llm: LLM, keys: Iterable[str]) -> Usage:
     "All attempts at some calls; an answer from a recording counts as when it was recorded."
     listed = json.dumps(sorted(set(keys)))
     total = llm.ledger.total(AMONG, listed)
-    query = f"""SELECT key FROM answers WHERE {AMONG} AND key NOT IN
-        (SELECT key FROM calls WHERE state = 'answered')"""
+    query = f"""SELECT key FROM answers WHERE {AMONG} AND NOT EXISTS
+        (SELECT 1 FROM calls WHERE calls.key = answers.key AND state = 'answered')"""
     for row in llm.ledger.store.all(query, listed):
         a = kept(llm, row["key"])
         unknown = a.cost is None
