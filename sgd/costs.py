@@ -627,8 +627,8 @@ def _small_print(prices: Prices, model: str, stand_ins: list[str]) -> str:
     "What the break-even figure rests on."
     lines = [
         f"Estimate. {prices.source('models', model)}.",
-        "Annotation: real prompts and answers, tokens by rule. LLM agents: published prompt tokens "
-        "per action, one oracle length per episode, answers not counted.",
+        "Annotation: real prompts and answers, tokens by rule.",
+        "LLM agents: published prompt tokens per action, one oracle length per episode, answers not counted.",
         *[f"Stand-in: {s}." for s in stand_ins],
     ]
     return "\n".join(part for line in lines for part in textwrap.wrap(line, 150))

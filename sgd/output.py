@@ -120,14 +120,14 @@ SHELVES = {
 
 def shelves(
     folders: dict[str, Path],  # kind -> where its files were read
-    profiles: set[str],
+    profiles: set[str],  # may be empty where no kind has one
 ) -> dict[str, list[str]]:  # kind -> folders of the project that may hold them
     "Where the files of a provenance may lie: where they were read, and where they are released."
     found, home = {}, root().resolve()
     for kind, folder in folders.items():
         path = Path(folder).resolve()
         own = [path.relative_to(home).as_posix()] if path.is_relative_to(home) else []
-        released = [SHELVES[kind].format(profile=p) for p in sorted(profiles)]
+        released = [SHELVES[kind].format(profile=p) for p in sorted(profiles) or [""]]
         found[kind] = list(dict.fromkeys([*own, *released]))
     return found
 

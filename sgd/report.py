@@ -432,7 +432,7 @@ def score_lines(
     return drawn
 
 # %% ../nbs/13_report.ipynb #6b787505
-def draw_score(axis, line: dict, y: float) -> None:
+def draw_score(axis, line: dict, y: float, cap: float = 3) -> None:
     "One mark: filled with its interval if ours, hollow if published."
     x = float(line["score"])
     if not line["ci_low"]:
@@ -440,7 +440,7 @@ def draw_score(axis, line: dict, y: float) -> None:
         return
     color, marker = LOOKS.get(line["agent"], (BLUE, "o"))
     ends = [[x - float(line["ci_low"])], [float(line["ci_high"]) - x]]
-    axis.errorbar(x, y, xerr=ends, color=color, lw=1.2, capsize=3)
+    axis.errorbar(x, y, xerr=ends, color=color, lw=1.2, capsize=cap)
     axis.plot(x, y, marker=marker, ms=5, color=color, ls="", mew=1.5)
 
 # %% ../nbs/13_report.ipynb #ad08e37a
@@ -459,7 +459,7 @@ def draw_scores(
         axes = figure.subplots(1, len(PANELS), sharey=True)
         for axis, (c, panel) in zip(axes, PANELS.items()):
             for line in drawn[drawn["class"] == c].to_dict("records"):
-                draw_score(axis, line, names.index(line["name"]))
+                draw_score(axis, line, names.index(line["name"]), cap=5)
             axis.set(xlim=(-3, 103), xlabel="score (0-100)", title=panel)
             axis.set_axisbelow(True)
             axis.grid(axis="x", color="#dddddd", lw=0.6)
@@ -500,6 +500,7 @@ SHIFT = {"hierarchical": -0.17, "flat": 0.17, "oracle": 0.0}
 def draw_tasks(
     drawn: pd.DataFrame,  # from duel
     title: str,
+    note: str = "",  # what stands in for a part of the paper
 ) -> Figure:
     "Scores task by task, short tasks first, with intervals."
     order = sorted(set(drawn["task_id"]), key=natural)
@@ -516,16 +517,17 @@ def draw_tasks(
         axis.set(xlim=(-3, 103), xlabel="score (0-100), with interval over variations and seeds")
         axis.set_title(title, loc="right")
         axis.grid(axis="x", color="#dddddd", lw=0.6)
-        _task_legend(axis, [a for a in SHIFT if a in set(drawn["agent"])])
+        _task_legend(axis, [a for a in SHIFT if a in set(drawn["agent"])], note)
     return figure
 
 # %% ../nbs/13_report.ipynb #8f6fcecf
-def _task_legend(axis, agents: list[str]) -> None:
-    "Name the marks below the axis."
+def _task_legend(axis, agents: list[str], note: str) -> None:
+    "Name the marks below the axis, and what stands in."
     for agent in agents:
         color, marker = LOOKS[agent]
         axis.plot([], [], marker=marker, color=color, ls="", label=agent, mew=1.5)
-    axis.figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    about = dict(title=note, title_fontsize=8, frameon=False)
+    axis.figure.legend(loc="outside lower center", ncols=3, **about)
 
 # %% ../nbs/13_report.ipynb #bbcb2248
 VERDICTS = {True: ("reproduced", "analogue: agrees"), False: ("differs", "analogue: disagrees")}
@@ -641,7 +643,7 @@ def write_tables(
     note = "; ".join(stand_ins(groups))
     save_figure(draw_scores(drawn, finding(paired, main), note), figures / "main_scores", drawn)
     if len(facing):
-        save_figure(draw_tasks(facing, count_ahead(facing)), figures / "per_task", facing)
+        save_figure(draw_tasks(facing, count_ahead(facing), note), figures / "per_task", facing)
     inputs = [Path(runs) / r.file for r in read] + [Path(reported) / f for f in SOURCES]
     write_sidecar(tables / "main.csv", "report.write_tables", bootstrap, inputs)
     return tables / "main.csv"

@@ -109,6 +109,19 @@ def test_the_footer_says_how(made):
     assert sidecar(made / ROWS / "flat.s0.paper.jsonl.gz")["git"]["commit"] in text
 
 
+def test_every_figure_names_its_stand_ins(made, monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(
+        "sgd.report.save_figure", lambda figure, stem, _: drawn.update({stem.name: figure})
+    )
+    write_tables(made / ROWS, REPORTED, tmp_path, tmp_path, replicates=10)
+    notes = (
+        drawn["main_scores"].get_supxlabel(),
+        drawn["per_task"].legends[0].get_title().get_text(),
+    )
+    assert all("a labelling program, not an LLM" in n and "not FLAN-T5" in n for n in notes)
+
+
 def test_the_footer_tells_of_uncommitted_changes(tmp_path):
     home = make_project(tmp_path / "project")
     (home / "settings.ini").write_text((home / "settings.ini").read_text() + "\n# changed\n")
