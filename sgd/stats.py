@@ -282,6 +282,8 @@ class Run(NamedTuple):
     commit: str  # of the code that played them
     content: str  # 12 hex digits of the file's content
     stale: bool  # has that code changed since?
+    dirty: bool = False  # did the tree differ from the commit?
+    seconds: float | None = None  # of the whole play, if it was measured
 
 # %% ../nbs/11_stats.ipynb #093c507d
 def read_runs(
@@ -302,9 +304,9 @@ def read_runs(
                 "(content or protocol differ), try to restore both files or play again"
             )
         file = path.relative_to(folder).as_posix()
-        commit = record["git"]["commit"]
-        params = record["params"]
-        runs.append(Run(file, facts, params, rows, commit, content, stale_code(path)))
+        git, seconds = record["git"], record["facts"].get("seconds")
+        played = (git["commit"], content, stale_code(path), bool(git.get("dirty")), seconds)
+        runs.append(Run(file, facts, record["params"], rows, *played))
     return runs
 
 # %% ../nbs/11_stats.ipynb #6cd6c619

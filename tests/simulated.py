@@ -1,8 +1,12 @@
 """Made-up episode rows for tests of tables and costs. Scores are dice: they say nothing of any agent."""
 
+import os
+import shutil
+import subprocess
+
 import numpy as np
 
-from sgd.files import write_jsonl, write_sidecar
+from sgd.files import root, write_jsonl, write_sidecar
 
 SHA = "0123456789ab"
 WIDTHS = {"3-1": 5, "4-2": 4, "7-1": 3, "2-1": 3, "8-1": 2, "1-1": 3, "10-2": 2}
@@ -52,7 +56,8 @@ def write_run(folder, agent, teacher="", seed=0, better=0, protocol="paper", pro
     name = f"{agent}{'-' * bool(teacher)}{teacher}.s{seed}.{protocol}"
     path = folder / f"{name}.jsonl.gz"
     write_jsonl(path, rows)
-    write_sidecar(path, "stats.simulated", {}, run=facts)
+    params = {"width": 8}
+    write_sidecar(path, "stats.simulated", params, seed=seed, run=facts, seconds=len(rows) / 2)
     return path
 
 
@@ -66,3 +71,40 @@ def write_runs(folder, seeds=(0, 1)):
         write_run(folder, "hierarchical", "program", seed=seed, better=20)
         write_run(folder, "hierarchical", "random", seed=seed, better=10)
     return folder
+
+
+def git(home, *words):
+    "A git command in a folder, by nobody in particular."
+    nobody = {
+        f"GIT_{who}_{what}": "nobody"
+        for who in ("AUTHOR", "COMMITTER")
+        for what in ("NAME", "EMAIL")
+    }
+    subprocess.run(
+        ["git", "-C", home, *words], check=True, capture_output=True, env=os.environ | nobody
+    )
+
+
+def make_project(home):
+    "A project in git with the published numbers: what is written there has a commit and a place."
+    home.mkdir(parents=True, exist_ok=True)
+    shutil.copy(root() / "settings.ini", home)
+    shutil.copytree(root() / "paper_results" / "reported", home / "paper_results" / "reported")
+    git(home, "init", "--quiet")
+    git(home, "add", ".")
+    git(home, "commit", "--quiet", "--message", "begin")
+    return home
+
+
+PLACES = {"rows": "paper_results/runs/cpu", "tables": "paper_results/tables", "figures": "figures"}
+PLACES |= {"students": "paper_results/students/cpu"}
+PLACES |= {"oracle": "data/oracle", "annotations": "data/annotations"}
+
+
+def release(home):
+    "Move what was built to where a release puts it; the build folder is gone."
+    for kind, place in PLACES.items():
+        if (home / "build" / "cpu" / kind).exists():
+            shutil.copytree(home / "build" / "cpu" / kind, home / place, dirs_exist_ok=True)
+    shutil.rmtree(home / "build")
+    return home

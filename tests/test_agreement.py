@@ -1,5 +1,11 @@
 """Agreement of teachers: exact on itself, symmetric, and blind to what does not matter."""
 
+import re
+import sys
+from contextlib import chdir
+from pathlib import Path
+
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,10 +17,18 @@ from sgd.agreement import (
     compare_path,
     draw_agreement,
     f1_interval,
+    finding,
     growth,
     names,
     pooled,
+    resolve_agreement,
+    write_agreement,
 )
+from sgd.files import file_sha, read_json, read_jsonl, sidecar, write_jsonl, write_sidecar
+from sgd.output import fixed, locate, read_csv
+
+sys.path.insert(0, str(Path(__file__).parent))
+from simulated import git, make_project, release  # noqa: E402
 
 cuts = st.sets(st.integers(1, 29), max_size=12)
 
@@ -87,6 +101,81 @@ def test_the_figure_marks_each_task_and_names_its_reference():
     counts = {"llm": compare([row({3}), row({5}, variation=1)], [row({3}), row({6}, variation=1)])}
     figure = draw_agreement(counts, {"llm": growth([row({3})])}, "title", "program")
     left, right = figure.axes
-    assert left.get_xlabel() == "boundary F1 with the program annotation"
+    assert left.get_xlabel() == "boundary F1 with the program annotation (0-1)"
     assert left.collections[0].get_offsets().tolist() == [[0.5, 0.0]]
     assert right.lines[0].get_ydata().tolist() == [1]
+    low, high = f1_interval(counts["llm"])
+    band, line = left.patches[0], left.lines[0]
+    assert (band.get_x(), band.get_x() + band.get_width()) == pytest.approx((low, high))
+    assert line.get_xdata() == [0.5, 0.5]
+    said = [text.get_text() for text in figure.legends[0].texts]
+    assert said == ["llm", f"llm, pooled: 0.50, 95 % interval {low:.2f} to {high:.2f}"]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    "Two teachers against hand-made annotations, compared in a project and released there."
+    home = make_project(tmp_path_factory.mktemp("agreement") / "project")
+    data, built = home / "data" / "annotations", home / "build" / "cpu"
+    hand = [row({3 + v, 9}, variation=v) | {"teacher": "exemplar", "model": ""} for v in range(4)]
+    write_jsonl(data / "exemplars.jsonl", hand)
+    git(home, "add", "data")
+    git(home, "commit", "--quiet", "--message", "by hand")
+    made = [priced({3, 9}, v, 0.25 * v) | {"model": ""} for v in range(6)]
+    told = [priced({5, v + 3}, v, None if v else 0.5) | {"model": "gpt-9"} for v in range(5)]
+    names = ("program", "llm"), (made, told)
+    with chdir(home):
+        for name, rows in zip(*names):
+            path = write_jsonl(built / "annotations" / f"{name}.train.jsonl.gz", rows)
+            facts = {"refused": [{"reason": "empty"}] * (name == "llm")}
+            write_sidecar(path, "teachers.annotate", {}, seed=0, **facts)
+        files = {n: built / "annotations" / f"{n}.train.jsonl.gz" for n in names[0]}
+        files = {"exemplar": data / "exemplars.jsonl", **files}
+        write_agreement(files, "train", built / "tables")
+        write_agreement(files, "train", home / "again")
+    return release(home)
+
+
+def test_the_table_says_who_the_teachers_are(released):
+    page = (released / "paper_results" / "tables" / "agreement.md").read_text()
+    commit = sidecar(released / "data" / "annotations" / "program.train.jsonl.gz")["git"]["commit"]
+    for said in (
+        "cut by hand by the project's authors",
+        "share an author",
+        "Split: train. Seed: 0",
+    ):
+        assert said in page
+    assert "Stand-in: teacher: program" in page and "llm: a language model, gpt-9" in page
+    assert page.count(commit) >= 3 and "Reference: exemplar" in page
+    for name in ("agreement.csv", "agreement.md"):
+        again = file_sha(released / "again" / name)
+        assert again == file_sha(released / "paper_results" / "tables" / name)
+
+
+def test_every_number_resolves_to_its_source(released):
+    "R16: file, key, commit and seed for all numbers; and the number is what the files say."
+    tables = released / "paper_results" / "tables"
+    provenance = read_json(tables / "agreement.provenance.json")
+    for line in read_csv(tables / "agreement.csv").to_dict("records"):
+        found = [c for c, v in line.items() if re.fullmatch(r"-?\d+(\.\d+)?", v)]
+        assert len(found) == 17
+        for column in found:
+            sources = resolve_agreement(provenance, line, column)
+            files = [locate(source, released) for source in sources]
+            assert files[0].parent == released / "data" / "annotations"
+            assert all(re.fullmatch("[0-9a-f]{40}", s["commit"]) for s in sources)
+            field = sources[0]["key"]["field"].split(",")[0].split(".")[0]
+            assert column == "refused" or field in read_jsonl(files[0])[0]
+            if column == "refused":
+                assert line[column] == str(len(sidecar(files[0])["facts"]["refused"]))
+                continue
+            again = agreement_line(line["teacher"], *map(read_jsonl, files))[column]
+            assert line[column] == (fixed(again, 4) if isinstance(again, float) else str(again))
+
+
+def test_the_finding_names_the_best_first(released):
+    hand = read_jsonl(released / "data" / "annotations" / "exemplars.jsonl")
+    other = [row({1}, variation=v) | {"usage": priced({1}, v, 0.0)["usage"]} for v in range(4)]
+    same = [r | {"usage": other[0]["usage"]} for r in hand]
+    table = pd.DataFrame([agreement_line("llm", other, hand), agreement_line("same", same, hand)])
+    assert finding(table, "exemplar") == "F1 of the cuts against exemplar: same 1.00, llm 0.00"
