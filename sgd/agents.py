@@ -28,14 +28,14 @@ class Episode:
     description: str
     state: State  # at the start
 
-
+# %% ../nbs/09_agents.ipynb #54a436bf
 class Decision(NamedTuple):
     "What an agent does next; no action means that it gives up."
 
     action: str | None
     subgoal: str | None = None  # the current one, for the log
 
-
+# %% ../nbs/09_agents.ipynb #a54cbc73
 def episode_rng(seed: int, task: str, variation: int) -> random.Random:
     "Random numbers of one episode, whatever else is played beside it."
     digest = hashlib.sha256(f"{seed} {task} {variation}".encode()).digest()
@@ -83,7 +83,7 @@ class RandomAgent(Agent):
         "A uniform draw from each slot's list."
         return {s: Decision(self.rng[s].choice(valid[s]) if valid[s] else None) for s in slots}
 
-
+# %% ../nbs/09_agents.ipynb #123d946a
 class OracleAgent(Agent):
     "Plays recorded paths."
 
@@ -128,7 +128,7 @@ class Thread:
     unreadable: int = 0  # plans that name no sub-goal
     windows: int = 1
 
-
+# %% ../nbs/09_agents.ipynb #8295f29f
 def cast(students: list[Student]) -> tuple[int, int | None]:
     "Which student acts, and which plans, if one does."
     roles = [r for s in students for r in s.roles]
@@ -168,7 +168,7 @@ def _encode(self: StreamAgent, text: str) -> list[int]:
     "Tokens of a piece."
     return self.tokenizer.encode(text, add_special_tokens=False)
 
-
+# %% ../nbs/09_agents.ipynb #7d39a855
 def _note(self: StreamAgent, slot: int, tokens: list[int], fed: int | None = None) -> None:
     "Add tokens to the current step; all networks but `fed` still have to read them."
     thread = self.threads[slot]
@@ -177,7 +177,7 @@ def _note(self: StreamAgent, slot: int, tokens: list[int], fed: int | None = Non
         if i != fed:
             thread.unfed[i] = thread.unfed.get(i, []) + tokens
 
-
+# %% ../nbs/09_agents.ipynb #93f80224
 def stream_start(self: StreamAgent, slot: int, episode: Episode) -> None:
     "A fresh thread; the networks forget the slot."
     thread = self.threads[slot] = Thread(Stream(), steps=[[]])
@@ -188,7 +188,7 @@ def stream_start(self: StreamAgent, slot: int, episode: Episode) -> None:
     self._note(slot, self._encode(piece.text))
     thread.steps.append([])
 
-
+# %% ../nbs/09_agents.ipynb #1ee2f715
 def stream_result(self: StreamAgent, slot: int, action: str, state: State) -> None:
     "The world's answer ends the current step."
     thread = self.threads[slot]
@@ -203,7 +203,7 @@ StreamAgent.start, StreamAgent.result = stream_start, stream_result
 # %% ../nbs/09_agents.ipynb #33fef594
 ANSWER = 48  # most tokens of an answer
 
-
+# %% ../nbs/09_agents.ipynb #e83e4051
 def _feed(self: StreamAgent, network: int, slots: list[int], extra: list[int]) -> dict:
     "Feed a network what it has not read, and `extra`; scores of each slot's next token."
     tokens = {}
@@ -221,7 +221,7 @@ def _feed(self: StreamAgent, network: int, slots: list[int], extra: list[int]) -
         tokens[s] = new
     return self.decoders[network].feed(tokens)
 
-
+# %% ../nbs/09_agents.ipynb #69c433eb
 def _write(self: StreamAgent, network: int, scores: dict, first: list[int], stop: set) -> dict:
     "Greedy answers; they are noted as read by the network that wrote them."
     said, _ = self.decoders[network].write(scores, first, stop, ANSWER, self.end)
@@ -250,7 +250,7 @@ def _plan(self: StreamAgent, slots: list[int]) -> None:
             self._note(s, tokens, fed=self.planner)
             self._adopt(s, tokens)
 
-
+# %% ../nbs/09_agents.ipynb #06b868a6
 def _adopt(self: StreamAgent, slot: int, tokens: list[int]) -> None:
     "Take a plan's sub-goal as the current one, if it names one."
     if tokens == [self.keep]:
@@ -287,14 +287,14 @@ def stream_forced(self: StreamAgent, slot: int, action: str) -> None:
     for piece in [*pieces, thread.stream.act(action)]:
         self._note(slot, self._encode(piece.text))
 
-
+# %% ../nbs/09_agents.ipynb #51add129
 def stream_counts(self: StreamAgent, slot: int) -> dict:
     "Tokens read and written, windows, and plans that could not be read."
     t = self.threads[slot]
     cost = {"tokens_in": t.read, "tokens_out": t.written, "llm_calls": 0}
     return {**cost, "windows": t.windows, "unreadable_plans": t.unreadable}
 
-
+# %% ../nbs/09_agents.ipynb #58f6ba20
 def stream_text(self: StreamAgent, slot: int) -> str:
     "All that the slot's networks read and wrote, as text."
     return self.tokenizer.decode([t for step in self.threads[slot].steps for t in step])
@@ -314,7 +314,7 @@ class Asked:
     unreadable: int = 0  # plans that name no sub-goal
     shortened: int = 0  # prompts that lost their oldest entries
 
-
+# %% ../nbs/09_agents.ipynb #b3c5fabc
 class StepAgent(Agent):
     "An encoder-decoder student, or a planner and an executor, playing in the step layout."
 
@@ -364,7 +364,7 @@ def _ask(self: StepAgent, student: int, role: str, slots: list[int]) -> dict[int
         self.threads[slot].written += len(tokens)
     return {k: s.tokenizer.decode(t, skip_special_tokens=True).strip() for k, t in said.items()}
 
-
+# %% ../nbs/09_agents.ipynb #56a18dc0
 def step_act(self: StepAgent, slots: list[int], valid: dict) -> dict[int, Decision]:
     "Plan where there is a planner, then act; give up where no prompt fits."
     plans = {} if self.planner is None else self._ask(self.planner, "plan", slots)
@@ -376,7 +376,7 @@ def step_act(self: StepAgent, slots: list[int], valid: dict) -> dict[int, Decisi
     said = self._ask(self.actor, "act", slots)
     return {s: Decision(said.get(s), self.threads[s].steps.current) for s in slots}
 
-
+# %% ../nbs/09_agents.ipynb #6f0c9465
 def step_counts(self: StepAgent, slot: int) -> dict:
     "Tokens read and written, shortened prompts, and plans that could not be read."
     t = self.threads[slot]

@@ -40,7 +40,7 @@ def boundaries(segments: Iterable[dict]) -> set[int]:
     "The steps at which a new sub-goal begins, without the first."
     return {s["first"] for s in segments} - {0}
 
-
+# %% ../nbs/11c_agreement.ipynb #660e8186
 def f1(hits: float, cuts: float, reference: float) -> float:
     "Harmonic mean of precision and recall; 1 if neither side cuts."
     return 2 * hits / (cuts + reference) if cuts + reference else 1.0
@@ -50,7 +50,7 @@ def verb(subgoal: str) -> str:
     "`navigate_to` of `navigate_to(kitchen)`."
     return subgoal.partition("(")[0]
 
-
+# %% ../nbs/11c_agreement.ipynb #121c9b3b
 def names(segments: Iterable[dict]) -> list[str]:
     "The sub-goal of each step."
     return [s["subgoal"] for s in segments for _ in range(s["first"], s["last"] + 1)]
@@ -65,7 +65,7 @@ def compare_path(segments: Sequence[dict], reference: Sequence[dict]) -> dict:
     counts |= {"hits": len(mine & theirs), "cuts": len(mine), "reference_cuts": len(theirs)}
     return counts | {"same_phrase": same[0], "same_verb": same[1]}
 
-
+# %% ../nbs/11c_agreement.ipynb #1cbc69cf
 def compare(
     rows: Iterable[dict],  # annotations
     reference: Iterable[dict],  # annotations; only paths in both are compared
@@ -92,7 +92,7 @@ def pooled(counts: pd.DataFrame) -> dict:
     rates |= {name: c[name] / c["steps"] for name in ("same_verb", "same_phrase")}
     return rates | {name: c[name] / len(counts) for name in ("segments", "reference_segments")}
 
-
+# %% ../nbs/11c_agreement.ipynb #73c46cfa
 def f1_interval(counts: pd.DataFrame, seed: int = 0, draws: int = 2000) -> tuple[float, float]:
     "A 95 % percentile interval of the pooled F1, over paths."
     rng, n = np.random.default_rng(seed), len(counts)
@@ -122,7 +122,7 @@ def cost_of(rows: Sequence[dict]) -> dict:
 
 USAGE = ("prompt_tokens", "completion_tokens", "cost")
 
-
+# %% ../nbs/11c_agreement.ipynb #55957b42
 def failures(refused: Iterable[dict]) -> dict[str, int]:  # e.g. of a sidecar's facts
     "Refusals by reason, the most frequent first."
     return dict(Counter(r["reason"] for r in refused).most_common())
@@ -150,7 +150,7 @@ def agreement_line(
 # %% ../nbs/11c_agreement.ipynb #607a3a5b
 COLOURS, LINES, MARKS = (BLUE, ORANGE, GREEN, GREY), ("-", "--", ":", "-."), "os^D"
 
-
+# %% ../nbs/11c_agreement.ipynb #8350c383
 def draw_agreement(
     counts: dict[str, pd.DataFrame],  # by teacher, from `compare`
     curves: dict[str, pd.DataFrame],  # by teacher, from `growth`
@@ -196,7 +196,7 @@ def _draw_f1(axis, name: str, table: pd.DataFrame, look: tuple, seed: int) -> No
     told = f"{name}, pooled: {mean:.2f}, 95 % interval {low:.2f} to {high:.2f}"
     axis.axvline(mean, color=colour, ls=line, lw=1.2, label=told)
 
-
+# %% ../nbs/11c_agreement.ipynb #25536050
 def finding(
     table: pd.DataFrame,  # lines of agreement_line
     reference: str,
@@ -218,7 +218,7 @@ SHARED = (
     "of strangers, not a measure of quality"
 )
 
-
+# %% ../nbs/11c_agreement.ipynb #266b01d8
 def about_teachers(
     models: dict[str, str],  # teacher -> language model, "" for none
 ) -> list[str]:
@@ -256,7 +256,7 @@ FIELDS |= dict.fromkeys(("same_verb", "same_phrase", "phrases", "verbs"), "segme
 FIELDS |= {name: f"usage.{name}" for name in USAGE} | {"unknown_cost": "usage.cost"}
 FIELDS |= {"refused": "facts.refused"}
 
-
+# %% ../nbs/11c_agreement.ipynb #00789771
 def resolve_agreement(
     provenance: dict,  # content of agreement.provenance.json
     line: dict,  # a line of agreement.csv
@@ -301,7 +301,7 @@ def write_agreement(
     write_sidecar(path, "agreement.compare", {"split": split}, list(files.values()), seed=seed)
     return table
 
-
+# %% ../nbs/11c_agreement.ipynb #480e7179
 def _cell(value) -> str:
     "A number with four places, a count or a text as it is."
     return fixed(value, 4) if value is None or isinstance(value, float) else str(value)

@@ -33,14 +33,14 @@ def cmd_run(a):
     copy = runs.run(a.notebook, a.profile, settings(a.set), a.name, a.timeout)
     print(copy.relative_to(root()))
 
-
+# %% ../nbs/16_cli.ipynb #621085b6
 def cmd_status(a):
     "Show the state of every run of a profile."
     rows = runs.status(a.profile, a.start, a.rows)
     for row in rows:
         print(f"{row['state']:13} {row['run']:45} build/{a.profile}/{row['made']}")
 
-
+# %% ../nbs/16_cli.ipynb #58e61bbd
 def cmd_reproduce(a):
     "Make all that is missing, then say where the results are."
     minutes = runs.reproduce(a.profile, a.start, a.rows, tuple(a.snakemake))
@@ -59,7 +59,7 @@ def cmd_compare(a):
     if a.strict and not runs.is_same(found):
         sys.exit(1)
 
-
+# %% ../nbs/16_cli.ipynb #22429e7e
 def cmd_release(a):
     "Copy a profile's results into data/, paper_results/ and figures/."
     print(f"released {len(runs.release(a.profile))} files: paper_results/MANIFEST.json")
@@ -70,7 +70,7 @@ def cmd_timing(a):
     for path in runs.import_timing(a.folder):
         print(path.relative_to(root()))
 
-
+# %% ../nbs/16_cli.ipynb #337e2bee
 def cmd_verify(a):
     "Check every released file against the manifest."
     print(f"{runs.verify_release()} released files are as they were made")
@@ -95,7 +95,7 @@ def add(commands, function, start: str = "oracle", rows: str = "all"):
         command.add_argument("--rows", default=rows, help="main or all")
     return command
 
-
+# %% ../nbs/16_cli.ipynb #5089391c
 def parser() -> argparse.ArgumentParser:
     "The command line."
     top = argparse.ArgumentParser(prog="sgd", description="Sub-goal Distillation, run by run.")
@@ -122,7 +122,7 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/16_cli.ipynb #2db9e723
 EXPECTED = (FileNotFoundError, RuntimeError, ValueError, OSError)
 
-
+# %% ../nbs/16_cli.ipynb #f65d7cb6
 def main(words: list[str] | None = None) -> None:
     "The command `sgd`."
     a = parser().parse_args(words)

@@ -54,14 +54,14 @@ def feed_forward(c) -> int:
     gated = c.model_type != "t5" or c.is_gated_act
     return (3 if gated else 2) * c.hidden_size * width
 
-
+# %% ../nbs/12_costs.ipynb #50d69a61
 def attention(c) -> tuple[int, int]:  # weights, multiply-adds for a pair of query and key
     "One attention block of a decoder."
     width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     queries, keys = c.num_attention_heads * width, c.num_key_value_heads * width
     return 2 * c.hidden_size * (queries + keys), 2 * queries
 
-
+# %% ../nbs/12_costs.ipynb #a9073b71
 def convolution(c) -> int:
     "Weights of one gated short convolution of LFM2."
     return 4 * c.hidden_size**2 + c.hidden_size * c.conv_L_cache
@@ -114,7 +114,7 @@ def flops(
 # %% ../nbs/12_costs.ipynb #90e1b956
 MEASURED = ("actions", "tokens_in", "tokens_out", "llm_calls", "wall_s")
 
-
+# %% ../nbs/12_costs.ipynb #70eaa4f2
 def mean_over_tasks(runs: list[Run], value: str) -> float:
     "Mean over tasks of the mean over variations and seeds."
     return float(task_means(gather(all_rows(runs), value)).mean())
@@ -139,7 +139,7 @@ def student_names(run: Run) -> list[str]:
     "The students of a run; none for agents without."
     return [n for n in str(run.facts.get("student", "")).split("+") if n]
 
-
+# %% ../nbs/12_costs.ipynb #5ae2c20c
 def networks(
     run: Run,
     students: Path,  # folder with one folder per student
@@ -160,7 +160,7 @@ def episode_flops(
     calls = 1 if one_stream else row["actions"]
     return sum(flops(c, row["tokens_in"] / n, row["tokens_out"] / n, calls) for c in configs)
 
-
+# %% ../nbs/12_costs.ipynb #a731b240
 def mean_flops(runs: list[Run], students: Path) -> float | None:
     "Mean FLOPs of an episode, or None where the networks are not there."
     rows, memory = [], runs[0].facts.get("memory")
@@ -216,7 +216,7 @@ def training_record(
     places = Path(folder) / f"{student}.training.json", Path(folder) / student / "training.json"
     return next((p for p in places if p.exists()), None)
 
-
+# %% ../nbs/12_costs.ipynb #e29167f1
 def training_cost(
     runs: list[Run],  # of one entry
     folder: Path,  # with training records
@@ -271,7 +271,7 @@ EFFICIENCY = [
     "training_s", "training_tokens",
 ]  # fmt: skip
 
-
+# %% ../nbs/12_costs.ipynb #5ffaa412
 def cost_line(
     entry: Entry,
     runs: list[Run],  # its runs, one a seed
@@ -302,7 +302,7 @@ def annotated_paths(
     there = [pair for pair in pairs if all(path.exists() for path in pair)]
     return [path for path, _ in there], [file for _, file in there]
 
-
+# %% ../nbs/12_costs.ipynb #bb7f331b
 def teacher_cells(
     paths: list[Path],  # oracle trajectories
     files: list[Path],  # their annotations
@@ -336,7 +336,7 @@ def published_costs(
     wide = wide[wide["tokens_per_action"].notna()][["tokens_per_action", "avg_score"]]
     return wide.reset_index(names="agent").rename(columns={"avg_score": "score"})
 
-
+# %% ../nbs/12_costs.ipynb #1a5919c7
 def oracle_actions(reported: Path) -> float:
     "Published mean length of an oracle path over the 30 tasks, in actions."
     table = read_csv(Path(reported) / "swiftsage_table1.csv")
@@ -346,7 +346,7 @@ def oracle_actions(reported: Path) -> float:
 # %% ../nbs/12_costs.ipynb #089cfeb4
 PUBLISHED = "reported: SwiftSage, project site"
 
-
+# %% ../nbs/12_costs.ipynb #76626ba4
 def efficiency_table(
     groups: dict[Entry, list[Run]],  # from entries
     places: dict[str, Path],  # folders: rows, reported, oracle, annotations, students
@@ -463,7 +463,7 @@ def break_even(
     "Episodes after which theirs has cost as much as ours."
     return math.inf if theirs <= ours else math.ceil(once / (theirs - ours))
 
-
+# %% ../nbs/12_costs.ipynb #c3126055
 def llm_episodes(
     reported: Path,  # folder with the published numbers
     prices: Prices,
@@ -513,12 +513,12 @@ def cost_curves(
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 SHADES = (BLUE, "#D55E00", "#009E73", "#CC79A7", "#000000")
 
-
+# %% ../nbs/12_costs.ipynb #231b8590
 def episodes_text(n: float) -> str:
     "'1 episode', '1,234 episodes', or that no number is enough."
     return "no number of episodes" if n == math.inf else f"{n:,} episode{'s' * (n != 1)}"
 
-
+# %% ../nbs/12_costs.ipynb #c6c338fb
 def paid_back(
     ours: dict | None,  # from our_costs
     theirs: pd.DataFrame,  # from llm_episodes

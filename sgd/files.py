@@ -36,12 +36,12 @@ def is_root(folder: Path) -> bool:
     settings = folder / "settings.ini"
     return settings.is_file() and "repo = sgd" in settings.read_text(encoding="utf-8")
 
-
+# %% ../nbs/00_files.ipynb #62f845bd
 def package_folder() -> Path:
     "The folder that holds the modules of `sgd`."
     return Path(importlib.util.find_spec("sgd").origin).parent
 
-
+# %% ../nbs/00_files.ipynb #ca88d0b6
 def root() -> Path:
     "The project's folder: upwards from the working directory, else from the package's own place."
     for start in (Path.cwd(), package_folder()):
@@ -66,7 +66,7 @@ def full_disk(path: Path, size: int, error: OSError) -> OSError:
     )
     return OSError(error.errno, text)
 
-
+# %% ../nbs/00_files.ipynb #fa488c3c
 def sync_folder(folder: Path) -> None:
     "Force a folder's list of names to the disk."
     handle = os.open(folder, os.O_RDONLY)
@@ -104,7 +104,7 @@ def write_json(path: Path, obj) -> Path:
     text = json.dumps(obj, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return write_atomic(path, text + "\n")
 
-
+# %% ../nbs/00_files.ipynb #00ace7e2
 def read_json(path: Path):
     "Read a JSON file; an unreadable one is named."
     try:
@@ -124,7 +124,7 @@ def pack(name: str, data: bytes) -> bytes:
         file.write(data)
     return buffer.getvalue()
 
-
+# %% ../nbs/00_files.ipynb #76ec2a62
 def read_bytes(path: Path) -> bytes:
     "The content of a file, decompressed if its name says `.gz`; a cut or foreign file is named."
     path = Path(path)
@@ -146,12 +146,12 @@ def to_line(row: dict) -> str:
     "One row as one line of JSON."
     return json.dumps(row, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
 
-
+# %% ../nbs/00_files.ipynb #d700b571
 def write_jsonl(path: Path, rows) -> Path:
     "Write rows as JSON lines, compressed if the name ends in `.gz`, in one atomic step."
     return write_atomic(path, pack(Path(path).name, "".join(map(to_line, rows)).encode()))
 
-
+# %% ../nbs/00_files.ipynb #4ca12171
 def read_jsonl(path: Path) -> list[dict]:
     "Read JSON lines; a damaged file is named, with the line."
     text = read_bytes(path).decode("utf-8", errors="replace")
@@ -172,7 +172,7 @@ def sha(data: bytes) -> str:
     "SHA-256 as 64 hexadecimal digits."
     return hashlib.sha256(data).hexdigest()
 
-
+# %% ../nbs/00_files.ipynb #d3239243
 def json_sha(obj) -> str:
     "A 12-digit fingerprint of a JSON value, the same for any order of keys."
     try:
@@ -183,7 +183,7 @@ def json_sha(obj) -> str:
         ) from error
     return sha(text.encode())[:12]
 
-
+# %% ../nbs/00_files.ipynb #18136ce9
 def file_sha(path: Path) -> str:
     "The 64-digit SHA-256 of a file's bytes."
     return sha(Path(path).read_bytes())
@@ -194,7 +194,7 @@ def is_scratch(path: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.parts[-2:])
     return hidden or path.suffix in (".part", ".tmp")
 
-
+# %% ../nbs/00_files.ipynb #73e98e8b
 def content_sha(path: Path) -> str:
     "A 12-digit fingerprint of what a file (decompressed) or a folder (names and files) holds."
     path = Path(path)
@@ -223,7 +223,7 @@ def read_part(
         good += len(line) + 1
     return rows, good
 
-
+# %% ../nbs/00_files.ipynb #7ea78ac7
 def task_key(row: dict) -> tuple:
     "What tells rows apart unless said otherwise: the task and its variation."
     return row["task"], row["variation"]
@@ -278,7 +278,7 @@ def _append(self: RowLog, row: dict) -> None:
     self.rows.append(row)
     self.done.add(self.key(row))
 
-
+# %% ../nbs/00_files.ipynb #b3d91363
 def _seal(
     self: RowLog,
     **sidecar,  # if given, `write_sidecar`'s arguments: it is written before the part goes
@@ -298,7 +298,7 @@ RowLog.seal = _seal
 # %% ../nbs/00_files.ipynb #7225ed17
 PACKAGES = ("torch", "transformers", "scienceworld", "numpy", "pandas", "papermill")
 
-
+# %% ../nbs/00_files.ipynb #4d713c8c
 def package_versions() -> dict:
     "Versions of Python and of the packages that can change a result."
     found = {"python": platform.python_version()}
@@ -309,7 +309,7 @@ def package_versions() -> dict:
             found[name] = ""
     return found
 
-
+# %% ../nbs/00_files.ipynb #1dcb78c7
 def git(*words: str) -> str | None:
     "What a git command prints in the project, or None if there is no git or no repository."
     command = ["git", "-C", str(root()), *words]
@@ -331,7 +331,7 @@ def git_facts() -> dict:
     except FileNotFoundError:
         return {"commit": "", "dirty": None, "note": "not in the project: the commit is unknown"}
 
-
+# %% ../nbs/00_files.ipynb #cfc3ba4a
 def provenance() -> dict:
     "Who made a result: commit, versions, machine. Left out of every hash."
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
@@ -348,7 +348,7 @@ def is_docstring(node: ast.AST) -> bool:
         and isinstance(node.value.value, str)
     )
 
-
+# %% ../nbs/00_files.ipynb #f3aa22c9
 def syntax(node):
     "A syntax tree as nested lists: the same on every version of Python, without docstrings."
     if isinstance(node, list):
@@ -359,7 +359,7 @@ def syntax(node):
     fields = [(k, v) for k, v in ast.iter_fields(node) if k not in skip and v not in (None, [])]
     return [type(node).__name__, *[[k, syntax(v)] for k, v in fields]]
 
-
+# %% ../nbs/00_files.ipynb #6eb71f54
 def sgd_imports(tree: ast.AST) -> set[str]:
     "Names of the modules of `sgd` that a syntax tree imports."
     names = set()
@@ -386,7 +386,7 @@ def closure(module: str) -> dict[str, ast.AST]:
         todo += sorted(sgd_imports(trees[name]))
     return trees
 
-
+# %% ../nbs/00_files.ipynb #dd777b96
 def code_sha(
     module: str,  # e.g. 'rollout' or 'sgd.rollout'
 ) -> str:
@@ -405,18 +405,18 @@ def sidecar_path(path: Path) -> Path:
         name = name.removesuffix(end)
     return path.with_name(name + ".json")
 
-
+# %% ../nbs/00_files.ipynb #62b8c159
 def stage_module(stage: str) -> str:
     "The module of a stage: 'oracle.collect' -> 'oracle'."
     return stage.removeprefix("sgd.").split(".")[0]
 
-
+# %% ../nbs/00_files.ipynb #0926d2b1
 @functools.cache
 def at_start(module: str, folder: Path) -> dict:
     "Code and commit as they were when this process first asked in a project's folder."
     return {"code_sha": code_sha(module), "git": git_facts()}
 
-
+# %% ../nbs/00_files.ipynb #f0d55489
 def input_facts(inputs: list[Path]) -> list[dict]:
     "Name and content of each input of a stage."
     return [{"name": Path(p).name, "sha": content_sha(p)} for p in inputs]
@@ -446,7 +446,7 @@ def write_sidecar(
     write_json(sidecar_path(path), record)
     return record
 
-
+# %% ../nbs/00_files.ipynb #77ab68da
 def sidecar(path: Path) -> dict | None:
     "The record beside a result, or None if there is none that can be read."
     beside = sidecar_path(path)
@@ -482,7 +482,7 @@ def why_not_done(path: Path, stage: str, params: dict, inputs: list[Path] = ()) 
         return "made from other inputs"
     return ""
 
-
+# %% ../nbs/00_files.ipynb #00e2f352
 def is_done(path: Path, stage: str, params: dict, inputs: list[Path] = ()) -> bool:
     "Is the result there, whole, and made by this stage with these parameters and inputs?"
     at_start(stage_module(stage), root())  # what is made from here on is this code's

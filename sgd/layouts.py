@@ -16,7 +16,7 @@ from typing import NamedTuple
 # %% ../nbs/06_layouts.ipynb #fa9b64b5
 MARKS = ("<task>", "<look>", "<inv>", "<obs>", "<score>", "<goal>", "<keep>", "<act>", "<end>")
 
-
+# %% ../nbs/06_layouts.ipynb #2d1b0054
 class Piece(NamedTuple):
     "A part of a stream and who writes it."
 
@@ -29,12 +29,12 @@ def tidy(text: str) -> str:
     lines = (" ".join(line.split()) for line in text.replace("<", "(").splitlines())
     return "\n".join(filter(None, lines))
 
-
+# %% ../nbs/06_layouts.ipynb #0ab5b85f
 def spaced(text: str) -> str:
     "A space before every word, also at the start, after brackets and after line breaks."
     return re.sub(r"([\n(])(?=\S)", r"\1 ", f" {text}")
 
-
+# %% ../nbs/06_layouts.ipynb #17a032cf
 def unspaced(text: str) -> str:
     "The inverse of `spaced` for one-line text."
     return text.strip().replace("( ", "(")
@@ -44,7 +44,7 @@ def subject(line: str) -> str:
     "What a line of a look is about."
     return re.split(r"[.,:(]", line, maxsplit=1)[0].strip()
 
-
+# %% ../nbs/06_layouts.ipynb #93fbdd26
 def changed_lines(
     before: str,  # tidy text
     after: str,  # tidy text
@@ -66,7 +66,7 @@ def room(look: str) -> str:
     "The line that names the room."
     return look.partition("\n")[0]
 
-
+# %% ../nbs/06_layouts.ipynb #8638d31c
 class Stream:
     "Turns the events of an episode into pieces of text, one by one."
 
@@ -112,7 +112,7 @@ def plans(n_steps: int, segments: Iterable[dict]) -> list[str | None]:
         raise ValueError(f"expected a segment that begins at step 0, got {sorted(first)[:3]}")
     return [first.get(i) for i in range(n_steps)]
 
-
+# %% ../nbs/06_layouts.ipynb #1e5785d7
 def stream_pieces(
     trajectory: dict,
     segments: list[dict] | None = None,  # of a teacher; None gives the flat stream
@@ -139,7 +139,7 @@ def next_window(
         first -= 1
     return first
 
-
+# %% ../nbs/06_layouts.ipynb #27789c32
 def windows(lengths: list[int], size: int) -> list[tuple[int, int, int]]:
     "Cut a trajectory: (first step, first supervised step, last step) of each window."
     n, done, cuts = len(lengths) - 1, 0, []
@@ -163,7 +163,7 @@ def one_line(text: str) -> str:
         text = text.replace(obvious, "")
     return text
 
-
+# %% ../nbs/06_layouts.ipynb #ea9d5ac5
 def room_name(look: str) -> str:
     "What the first line of a look calls the place; the line itself if it names none."
     first = tidy(look).split("\n")[0]
@@ -215,7 +215,7 @@ QUESTIONS = {
     "act": "What action should you do next?",
 }
 
-
+# %% ../nbs/06_layouts.ipynb #f023d555
 def step_marks(k: int) -> tuple[str, ...]:
     "The marks of prompts: T5 knows them; a tokenizer of one's own learns them."
     return ("</s>", *(f"<extra_id_{i}>" for i in range(k, 0, -1)))
@@ -241,7 +241,7 @@ def _render(self: Steps, role: str, drop: int) -> str:
     ]
     return " </s> ".join(sections)
 
-
+# %% ../nbs/06_layouts.ipynb #6c2ad313
 def prompt(self: Steps, role: str) -> str:
     "What a role (plan or act) is asked now, shortened only as far as it must be."
     for self.dropped in range(len(self.history) + len(self.completed) + 1):
@@ -265,7 +265,7 @@ class Example(NamedTuple):
     target: str
     dropped: int  # entries left out so that the prompt fits
 
-
+# %% ../nbs/06_layouts.ipynb #2a97e291
 def step_examples(
     trajectory: dict,
     segments: list[dict] | None,  # of a teacher; None for the flat student

@@ -41,7 +41,7 @@ def canonical(obj: Any) -> str:
     "One text for one JSON value; NaN is refused."
     return json.dumps(obj, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
 
-
+# %% ../nbs/03_llm.ipynb #eb599c3f
 def call_key(
     endpoint: str,  # base URL, or the name the endpoint is known by
     body: dict,  # the JSON body as it will be sent
@@ -56,7 +56,7 @@ def call_key(
 class UnknownPrice(ValueError):
     "The price sheet has no such model."
 
-
+# %% ../nbs/03_llm.ipynb #292af7c8
 class Price(NamedTuple):
     "What a token costs, in picodollars."
 
@@ -64,7 +64,7 @@ class Price(NamedTuple):
     tokens_out: int  # picodollars an answer token
     source: str = ""
 
-
+# %% ../nbs/03_llm.ipynb #12b8813e
 def dollars(pico: int | None) -> float | None:
     "Picodollars as dollars."
     return None if pico is None else pico / 10**12
@@ -120,7 +120,7 @@ class Rates:
 PER_MESSAGE, PER_CALL = 16, 64  # tokens a chat template may add
 LIMIT_FIELDS = ("max_tokens", "max_completion_tokens")
 
-
+# %% ../nbs/03_llm.ipynb #162f893f
 def answer_limit(body: dict) -> int:
     "The most tokens an answer may have, as the body says."
     limits = [body[name] for name in LIMIT_FIELDS if name in body]
@@ -146,7 +146,7 @@ def writable(text: str) -> str:
     "Text that UTF-8 can hold: lone surrogates are replaced."
     return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
-
+# %% ../nbs/03_llm.ipynb #a1d2a901
 @dataclass(frozen=True)
 class Verdict:
     "What became of a call."
@@ -175,7 +175,7 @@ def same_model(asked: str, echoed: str, also: Iterable[str] = ()) -> bool:
     rest = echoed[len(asked) :] if echoed.startswith(asked) else ""
     return len(rest) > 1 and rest[0] in "-@:" and (rest[1].isdigit() or rest[1:] == "latest")
 
-
+# %% ../nbs/03_llm.ipynb #5ab8070d
 def known_usage(usage: Any, most: tuple[int, int], text: str) -> str | None:  # None: consistent
     "Why these token counts cannot be right."
     if not isinstance(usage, dict):
@@ -190,7 +190,7 @@ def known_usage(usage: Any, most: tuple[int, int], text: str) -> str | None:  # 
 # %% ../nbs/03_llm.ipynb #a9918a9c
 LIMIT_REASONS = ("length", "model_length", "max_tokens")
 
-
+# %% ../nbs/03_llm.ipynb #6afab384
 def outcome(choice: dict) -> str:
     "The state of a well-formed choice."
     message, finish = choice["message"], choice.get("finish_reason")
@@ -235,7 +235,7 @@ def judge(
 # %% ../nbs/03_llm.ipynb #6d04084f
 FATAL_STATUS = (401, 402, 403, 404)
 
-
+# %% ../nbs/03_llm.ipynb #29791e0f
 def judge_error(error: openai.APIError) -> Verdict:
     "Read an exception of the client; never raises."
     note = f"{type(error).__name__}: {str(error)[:200]}"
@@ -262,7 +262,7 @@ def asked_wait(headers: Any) -> float | None:  # seconds
         return None
     return max(0.0, at.replace(tzinfo=at.tzinfo or UTC).timestamp() - time.time())
 
-
+# %% ../nbs/03_llm.ipynb #cf4e71c0
 def back_off(tried: int, key: str, first: float = 0.5, most: float = 30.0) -> float:  # seconds
     "Doubling waits with jitter between half and all of each."
     return min(most, first * 2**tried) * random.Random(f"{key}{tried}").uniform(0.5, 1)
@@ -326,7 +326,7 @@ class Store:
 class LLMError(RuntimeError):
     "Anything that went wrong between us and a model."
 
-
+# %% ../nbs/03_llm.ipynb #b3cfa323
 class BudgetExceeded(LLMError):
     "The next call could exceed a cap; nothing was sent."
 
@@ -430,7 +430,7 @@ def totals(store: Store, where: str = "1", *args) -> Usage:
     (row,) = store.all(query, *args)
     return Usage(*(value or 0 for value in row.values()))
 
-
+# %% ../nbs/03_llm.ipynb #32fc0263
 def correct(store: Store, row: int, tokens_in: int, tokens_out: int) -> None:
     "Enter what the provider's bill says of a flagged call; frees the rest of its maximum."
     query = """UPDATE calls SET tokens_in = ?, tokens_out = ?, flag = NULL,
@@ -438,7 +438,7 @@ def correct(store: Store, row: int, tokens_in: int, tokens_out: int) -> None:
     with store.write() as db:
         db.execute(query, (tokens_in, tokens_out, row))
 
-
+# %% ../nbs/03_llm.ipynb #05fb08a1
 def now() -> str:
     "The time, in UTC."
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -468,11 +468,11 @@ class NoAnswer(LLMError):
         told = verdict.note or verdict.flag or f"finished after {verdict.tokens_out} tokens"
         super().__init__(f"{verdict.state} after {tries} attempt{'s' * (tries > 1)}: {told}")
 
-
+# %% ../nbs/03_llm.ipynb #64baf814
 class EndpointError(LLMError):
     "The endpoint refuses every call: key, model name, address or quota."
 
-
+# %% ../nbs/03_llm.ipynb #1b9b5ded
 class NotRecorded(LLMError):
     "Offline, and no such answer is kept."
 
@@ -554,14 +554,14 @@ class Endpoint:
 # %% ../nbs/03_llm.ipynb #c83f5a91
 USUAL = {"temperature": 0.0, "seed": 0, "max_tokens": 1024}  # unless told
 
-
+# %% ../nbs/03_llm.ipynb #80efd371
 def with_params(params: dict, over: dict) -> dict:
     "Parameters with changes; None drops one, and one name of the limit displaces the other."
     limited = any(over.get(name) is not None for name in LIMIT_FIELDS)
     params = {k: v for k, v in params.items() if not (limited and k in LIMIT_FIELDS)}
     return {name: value for name, value in (params | over).items() if value is not None}
 
-
+# %% ../nbs/03_llm.ipynb #214fd19b
 def params_of(body: dict) -> dict:
     "What `LLM(extra=...)` needs to send such a body again; fields it lacks are None."
     asked = {name: value for name, value in body.items() if name not in ("model", "messages")}
@@ -685,7 +685,7 @@ def recognised(llm: LLM, asked: str, latest: int = 8) -> bool:
     rows = llm.ledger.store.all(query, llm.endpoint, asked, latest)
     return any(same_model(asked, row["model"], llm.echoes) for row in rows)
 
-
+# %% ../nbs/03_llm.ipynb #88829f48
 def check_echo(llm: LLM, asked: str, got: str) -> None:
     "Raise, once all calls in flight have landed, if the endpoint is not known to serve the model."
     with llm.landed:
@@ -782,7 +782,7 @@ def batch_line(custom_id: str, body: dict) -> dict:
     head = {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions"}
     return head | {"body": body}
 
-
+# %% ../nbs/03_llm.ipynb #f4ffe717
 def batch_verdict(body: dict, line: dict, echoes: Iterable[str] = ()) -> Verdict:
     "Read one reply of a batch file."
     reply = line.get("response") or {}

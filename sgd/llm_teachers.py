@@ -73,7 +73,7 @@ def limit_field(params: dict) -> str:
     "How an endpoint calls the limit of an answer: the second name where the first is left out."
     return LIMIT_FIELDS[LIMIT_FIELDS[0] not in params]
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #a29634b5
 def ask_exactly(llm: LLM, body: dict) -> Answer:
     "The answer to a body as it is: no field comes back that was left out."
     return llm(**dict.fromkeys(llm.params) | body)
@@ -150,7 +150,7 @@ class Asker:
         except (NoAnswer, NotRecorded):
             return ""
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #c91b6d58
 def path_of(row: dict) -> tuple[str, int]:
     "Which path a trajectory or an annotation is of."
     return row["task"], row["variation"]
@@ -169,7 +169,7 @@ def read_answer(teacher: LLMTeacher, trajectory: dict, answer: Answer, sha: str)
 # %% ../nbs/05b_llm_teachers.ipynb #b7c31123
 AMONG = "key IN (SELECT value FROM json_each(?))"
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #90c7ce7f
 def spent_on(llm: LLM, keys: Iterable[str]) -> Usage:
     "All attempts at some calls; an answer from a recording counts as when it was recorded."
     listed = json.dumps(sorted(set(keys)))
@@ -182,13 +182,13 @@ def spent_on(llm: LLM, keys: Iterable[str]) -> Usage:
         total += Usage(1, a.tokens_in or 0, a.tokens_out or 0, a.cost or 0, unknown, a.cost or 0)
     return total
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #bdfc7dc7
 def usage_of(spent: Usage) -> dict:
     "Tokens and dollars for a row; null if those of one attempt are unknown."
     values = (spent.tokens_in, spent.tokens_out, dollars(spent.cost))
     return dict(zip(NO_USAGE, (None,) * 3 if spent.flagged else values))
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #41c1392e
 def prices_of(llm: LLM, keys: Iterable[str]) -> list[dict]:
     "The prices at which some calls were booked."
     query = f"SELECT DISTINCT price_in, price_out, source FROM calls WHERE {AMONG} ORDER BY id"
@@ -237,7 +237,7 @@ def order(trajectory: dict) -> tuple:
     parts = re.findall(r"[0-9]+|[^0-9]+", trajectory.get("task_id", trajectory["task"]))
     return [(int(p) if p.isdecimal() else 0, p) for p in parts], trajectory["variation"]
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #ea98669d
 def spaced(rows: list, count: int | None) -> list:
     "At most `count` rows, evenly spaced, the first and the last among them."
     if count is None or count >= len(rows):
@@ -407,7 +407,7 @@ class Taken(NamedTuple):
     taken: int
     failed: list  # (custom_id or line, why)
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #c7dddb99
 def take_one(llm: LLM, by_name: dict[str, dict], line) -> str:  # "" if taken
     "Put one reply into the store, or say why it is none."
     name, _, sha = said_id(line).rpartition(".")
@@ -425,7 +425,7 @@ def said_id(line) -> str:
     said = line.get("custom_id") if isinstance(line, dict) else None
     return said if isinstance(said, str) else ""
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #6ac20ac2
 def no_reply(line) -> str:  # "" if it is one
     "Why a line cannot be a reply, whatever it answers."
     if not isinstance(line, dict):
@@ -630,7 +630,7 @@ def in_question(teacher: BatchTeacher, trajectories: list[dict], replies: list) 
     named = {said_id(line).rpartition(".")[0] for line in replies}
     return [t for t in trajectories if teacher.where(t) in named or answered(teacher, t)]
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #0483cf14
 def model_said(replies: list) -> str:
     "The model of a batch output: the usual one, or what most replies call it."
     good = [line["response"] for line in replies if not no_reply(line) and line.get("response")]
@@ -645,7 +645,7 @@ def read_lines(path: Path) -> list:  # JSON values; where a line is no JSON, its
     text = Path(path).read_bytes().decode("utf-8-sig", "replace")
     return [read_line(line) for line in text.split("\n") if line.strip()]
 
-
+# %% ../nbs/05b_llm_teachers.ipynb #ceb179ae
 def read_line(line: str):
     "A JSON value, NaN as null; the text itself if it is none."
     try:

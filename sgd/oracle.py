@@ -47,7 +47,7 @@ def _step_row(action: str, state: State) -> dict:
     "One step of a trajectory, with the schema of the data release."
     return {"action": action, **state._asdict()}
 
-
+# %% ../nbs/02_oracle.ipynb #d7f95d7e
 def play_path(sim: Simulator, task: str, variation: int, actions: list[str]) -> dict:
     "Play actions until the task is done; the trajectory without its verification."
     start, steps = sim.load(task, variation), []
@@ -67,7 +67,7 @@ def play_path(sim: Simulator, task: str, variation: int, actions: list[str]) -> 
         "score": steps[-1]["score"] if steps else 0,
     }
 
-
+# %% ../nbs/02_oracle.ipynb #40b684a5
 def split_of(task: str, variation: int) -> str:
     "The split a variation belongs to."
     return next(s for s in SPLITS if variation in variations(task, s))
@@ -103,7 +103,7 @@ def _jobs(split: str, names: list[str] | None, per_task: int) -> list[tuple[str,
     order = {n: i for i, n in enumerate(chosen)}
     return [(n, v) for k, n, v in sorted(ranked, key=lambda r: (r[0], order[r[1]]))]
 
-
+# %% ../nbs/02_oracle.ipynb #ec18d9d4
 def why_excluded(row: dict) -> str:
     "The reason a trajectory is not fit for training; empty if it is."
     if row["score"] != 100:
@@ -236,7 +236,7 @@ done, moves}}], score, replays[{{seed, score, same_text}}], flips`.
 {left}
 """
 
-
+# %% ../nbs/02_oracle.ipynb #40991e38
 def data_card(folder: Path) -> str:
     "The card of a folder of collected trajectories, from its sidecars."
     sides = {s: sidecar(Path(folder) / f"{s}.jsonl.gz") for s in SPLITS}

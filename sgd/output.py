@@ -63,7 +63,7 @@ STAND_INS = {
     "student": "students are small models trained from scratch, not FLAN-T5",
 }
 
-
+# %% ../nbs/11b_output.ipynb #9651e727
 def stand_ins(groups: dict[Entry, list[Run]]) -> list[str]:
     "What in these entries stands in for a part of the paper."
     names = {e.teacher for e in groups} & set(STAND_INS)
@@ -80,7 +80,7 @@ def commit_text(
     "A commit, and whether it is the whole truth."
     return (commit or "unknown") + " (with uncommitted changes)" * bool(dirty)
 
-
+# %% ../nbs/11b_output.ipynb #621b48a4
 def bullets(lines: list[str]) -> str:
     "Lines as a list in Markdown."
     return "\n".join(f"- {line}" for line in lines) + "\n"
@@ -117,7 +117,7 @@ SHELVES = {
     "prices": "data",
 }
 
-
+# %% ../nbs/11b_output.ipynb #de243477
 def shelves(
     folders: dict[str, Path],  # kind -> where its files were read
     profiles: set[str],  # may be empty where no kind has one
@@ -150,7 +150,7 @@ def source_of(
     about |= {"protocol": run.get("protocol", {}).get("sha"), "seed": seed}
     return {"folder": kind, "name": name, "content": content_sha(path)} | about
 
-
+# %% ../nbs/11b_output.ipynb #27b36d94
 def with_places(
     source: dict,  # from source_of
     folders: dict[str, list[str]],  # from shelves
@@ -182,7 +182,7 @@ LOOKS |= {"random": (GREEN, "^")}
 STYLE = {"svg.hashsalt": "sgd", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
 STYLE |= {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
 
-
+# %% ../nbs/11b_output.ipynb #7348b2e0
 def save_figure(
     figure: Figure,
     stem: Path,  # the path without an ending

@@ -103,7 +103,7 @@ SCALE |= {f"avg_score_{c}": 1 for c in ("short", "medium", "long", "overall")}
 COUNTS = {"solved_task_types_of_30": 1, "parameters (millions)": 10**6, "student_parameters": 1}
 SHORT = {"Short": "S", "Medium": "M", "Long": "L", "Overall": "all"}
 
-
+# %% ../nbs/13_report.ipynb #50091012
 def published_cells(
     reported: Path,  # folder with the transcribed tables
 ) -> pd.DataFrame:  # columns file, profile, agent, task_id, metric, value, confidence
@@ -159,7 +159,7 @@ def main_table(
 # %% ../nbs/13_report.ipynb #06449f13
 TASK_COLUMNS = [*COLUMNS[:9], "task_id", "task", *COLUMNS[9:15], "params"]
 
-
+# %% ../nbs/13_report.ipynb #cd28b190
 def task_lines(
     entry: Entry,
     runs: list[Run],  # its runs, one a seed
@@ -212,7 +212,7 @@ PAIR_COLUMNS = (
     "difference_low, difference_high, improvement, improvement_low, improvement_high, episodes"
 ).split(", ")
 
-
+# %% ../nbs/13_report.ipynb #e387ca98
 def is_pair(a: Entry, b: Entry) -> bool:
     "Hierarchical against flat, or a real teacher against the random one, on equal terms."
     shared = ("profile", "protocol", "action_aid", "data", "layout", "memory", "sha")
@@ -285,7 +285,7 @@ FIELDS = {"success": "success", "solved_tasks": "success", "episodes": "variatio
 FIELDS |= {"params": "facts.run.params", "baseline_params": "facts.run.params"}
 FIELDS |= {"seeds": "facts.run.seed", "seed": "facts.run.seed"}
 
-
+# %% ../nbs/13_report.ipynb #68ffb628
 def provenance_of(
     groups: dict[Entry, list[Run]],  # from entries
     rows: Path,  # folder the runs were read from
@@ -342,7 +342,7 @@ def _played(entries: list[dict], line: dict, column: str) -> list[dict]:
         seeds = {int(line["seed"])}
     return [s for side in sides for s in side if s["seed"] in seeds]
 
-
+# %% ../nbs/13_report.ipynb #0449c72f
 def _is(entry: dict, wanted: dict) -> bool:
     "Does an entry have these labels?"
     return all(str(entry[k]) == v for k, v in wanted.items())
@@ -353,7 +353,7 @@ def with_interval(line: dict) -> str:
     ends = f" [{line['ci_low']}, {line['ci_high']}]" if line["ci_low"] else ""
     return line["score"] + ends
 
-
+# %% ../nbs/13_report.ipynb #349a112a
 def wide(main: pd.DataFrame) -> pd.DataFrame:
     "One line per agent, classes as columns."
     keys = ["profile", "protocol", "action_aid", "agent", "teacher", "data", "layout", "memory"]
@@ -446,7 +446,7 @@ def draw_score(axis, line: dict, y: float, cap: float = 3) -> None:
 # %% ../nbs/13_report.ipynb #ad08e37a
 PANELS = {"S": "short tasks", "M": "medium tasks", "L": "long tasks", "all": "all tasks"}
 
-
+# %% ../nbs/13_report.ipynb #03ad289c
 def draw_scores(
     drawn: pd.DataFrame,  # from score_lines
     title: str,
@@ -496,7 +496,7 @@ def count_ahead(drawn: pd.DataFrame) -> str:
 # %% ../nbs/13_report.ipynb #81d7551c
 SHIFT = {"hierarchical": -0.17, "flat": 0.17, "oracle": 0.0}
 
-
+# %% ../nbs/13_report.ipynb #6744b5bd
 def draw_tasks(
     drawn: pd.DataFrame,  # from duel
     title: str,
@@ -532,7 +532,7 @@ def _task_legend(axis, agents: list[str], note: str) -> None:
 # %% ../nbs/13_report.ipynb #bbcb2248
 VERDICTS = {True: ("reproduced", "analogue: agrees"), False: ("differs", "analogue: disagrees")}
 
-
+# %% ../nbs/13_report.ipynb #e35c43b9
 def look_up(
     claim: dict,  # one claim of the ledger
     tables: Path,  # folder with the tables

@@ -51,7 +51,7 @@ def stop_reason(protocol: Protocol, state: State, actions: int) -> str:
         return "moves"
     return "actions" if actions >= protocol.max_actions else ""
 
-
+# %% ../nbs/10_rollout.ipynb #d1ecf2ff
 def final_score(protocol: Protocol, scores: list[int]) -> int:
     "The score that counts: the last one, unless it is negative."
     last = scores[-1] if scores else 0
@@ -155,14 +155,14 @@ def _send(self: Rollout, decisions: dict[int, Decision], aided: dict[int, str]) 
             bad.append(slot)
     return bad
 
-
+# %% ../nbs/10_rollout.ipynb #5668410d
 def _valid(self: Rollout, slots: list[int]) -> dict[int, list[str]]:
     "The valid actions of some slots."
     for slot in slots:
         self.pool.send(slot, valid_actions)
     return self.answers(slots)
 
-
+# %% ../nbs/10_rollout.ipynb #d128e295
 def _help(self: Rollout, slots: list[int], decisions: dict[int, Decision]) -> None:
     "The fallback: after a refusal, take the nearest valid action."
     slots = [s for s in slots if not self.over(s)]
@@ -174,7 +174,7 @@ def _help(self: Rollout, slots: list[int], decisions: dict[int, Decision]) -> No
             aided[slot] = decisions[slot].action
     self._send(chosen, aided)
 
-
+# %% ../nbs/10_rollout.ipynb #b8952243
 def over(self: Rollout, slot: int) -> str:
     "Why the slot's episode is over, if it is."
     run = self.slots[slot]
@@ -202,7 +202,7 @@ def _round(self: Rollout):
             run = self.slots.pop(slot)
             yield slot, _row(run, self.protocol, why, self.identity, self.agent.counts(slot))
 
-
+# %% ../nbs/10_rollout.ipynb #bcd4fdff
 def run_all(self: Rollout, jobs: list[tuple[str, int]]):
     "Play all jobs; yield the rows as episodes end."
     queue, free = list(reversed(jobs)), list(range(len(self.pool.pipes)))
@@ -222,7 +222,7 @@ Rollout._round, Rollout.run_all = _round, run_all
 # %% ../nbs/10_rollout.ipynb #bd6c4965
 AGENTS = ("oracle", "random", "flat", "hierarchical")
 
-
+# %% ../nbs/10_rollout.ipynb #afc1ef72
 def make_agent(
     name: str,  # oracle, random, flat or hierarchical
     students: list[Path] = (),
@@ -244,7 +244,7 @@ def make_agent(
         raise ValueError(f"expected students of a {name} agent, got those of a {agent.name} one")
     return agent
 
-
+# %% ../nbs/10_rollout.ipynb #644f1780
 def episode_list(protocol: Protocol, names: list[str] | None = None) -> list[tuple[str, int]]:
     "All (task, variation) of a protocol, long tasks first."
     chosen = [task_of(n) for n in names] if names else list(tasks())

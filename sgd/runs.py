@@ -63,7 +63,7 @@ class Parameter(NamedTuple):
     kind: str  # the annotation, else the default's type
     default: object
 
-
+# %% ../nbs/15_runs.ipynb #11e020c5
 def code_cells(
     notebook: Path,
 ) -> tuple[str, str]:  # source of the parameters cell, source of all other cells
@@ -99,7 +99,7 @@ def parameters(notebook: Path) -> dict[str, Parameter]:
         found[target.id] = Parameter(kind, default)
     return found
 
-
+# %% ../nbs/15_runs.ipynb #e97df87b
 def names_read(notebook: Path) -> set[str]:
     "Every name that the code below the parameters reads."
     tree = ast.parse(code_cells(notebook)[1])
@@ -108,11 +108,11 @@ def names_read(notebook: Path) -> set[str]:
 # %% ../nbs/15_runs.ipynb #fc60a0e6
 KINDS = {"int": int, "float": (int, float), "str": str, "bool": bool, "list": list, "dict": dict}
 
-
+# %% ../nbs/15_runs.ipynb #28375a76
 class ParameterError(ValueError):
     "The parameters of a run are wrong; each line names notebook and parameter."
 
-
+# %% ../nbs/15_runs.ipynb #e3e1141a
 def fits(value, kind: str) -> bool:
     "Is the value of this kind? Kinds that we do not know fit everything."
     base = re.split(r"[\[| ]", kind)[0]
@@ -120,7 +120,7 @@ def fits(value, kind: str) -> bool:
         return True
     return isinstance(value, KINDS[base]) and (base == "bool" or not isinstance(value, bool))
 
-
+# %% ../nbs/15_runs.ipynb #4a808a64
 def similar(name: str, names) -> str:
     "A hint: the nearest known name."
     near = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
@@ -154,7 +154,7 @@ def experiments() -> dict[str, Path]:
     "The run notebooks by name."
     return {p.stem: p for p in sorted((root() / "nbs" / "experiments").glob("[0-9]*.ipynb"))}
 
-
+# %% ../nbs/15_runs.ipynb #9a3d3525
 def find_notebook(
     name: str | Path,  # '40_play' or a path
 ) -> Path:
@@ -166,12 +166,12 @@ def find_notebook(
         )
     return experiments()[stem]
 
-
+# %% ../nbs/15_runs.ipynb #a4858c17
 def profile_names() -> list[str]:
     "The profiles there are."
     return sorted(p.stem for p in (root() / "params").glob("*.yaml"))
 
-
+# %% ../nbs/15_runs.ipynb #d045afcc
 def build(profile: str) -> Path:
     "The folder that a profile's runs write to."
     if not profile:
@@ -225,7 +225,7 @@ def manifest_path() -> Path:
     "The list of released files."
     return root() / "paper_results" / "MANIFEST.json"
 
-
+# %% ../nbs/15_runs.ipynb #cef60c89
 def is_source(value) -> bool:
     "Does a parameter name a file or folder of the project that no run makes?"
     if not isinstance(value, str) or not os.path.exists(root() / value):
@@ -234,7 +234,7 @@ def is_source(value) -> bool:
     inside = path.relative_to(top).parts if path.is_relative_to(top) else ()
     return bool(inside) and inside[0] != "build"
 
-
+# %% ../nbs/15_runs.ipynb #e011570e
 def sources(values: dict) -> dict[str, str]:  # path -> fingerprint
     "What a run with these parameters reads and no run makes."
     found = {v: content_sha(root() / v) for v in values.values() if is_source(v)}
@@ -257,7 +257,7 @@ def write_params(name: str, notebook: Path, profile: str, changes: dict | None =
 class RunError(RuntimeError):
     "A run failed; the message names notebook, cell, cause, and the kept copy."
 
-
+# %% ../nbs/15_runs.ipynb #26c7ee84
 def why_died(status: int | None) -> str:
     "The exit status of a dead kernel, in words."
     if status is None:
@@ -322,7 +322,7 @@ def cause(error: Exception, timeout: float | None) -> str:
     name = getattr(error, "ename", type(error).__name__)
     return f"{name}: {getattr(error, 'evalue', error)}"
 
-
+# %% ../nbs/15_runs.ipynb #2881b7bb
 def last_cell(copy: Path) -> str:
     "The first line of the last cell that was started."
     cells = read_json(copy)["cells"] if copy.exists() else []
@@ -382,7 +382,7 @@ def execute(
 STAGES = ("oracle", "annotate", "train", "rollout", "tables")
 SOURCES = dict(zip(("oracle", "annotations", "students", "episodes"), STAGES))  # folder -> stage
 
-
+# %% ../nbs/15_runs.ipynb #1af6afd5
 class Step(NamedTuple):
     "One run of the plan."
 
@@ -451,7 +451,7 @@ def profile_rows(
         raise ValueError(f"expected rows 'main' or 'all', got {which!r}")
     return [*rows.get("main", []), *(rows.get("others", []) if which == "all" else [])]
 
-
+# %% ../nbs/15_runs.ipynb #ae2bfa71
 def data_steps(runs: list[RunName]) -> list[Step]:
     "Oracle paths and annotations that these runs rest on."
     splits = ["train", "dev"] if any(r.students for r in runs) else []
@@ -475,13 +475,13 @@ STUDIES = {  # run notebooks beside the main line: what each leaves, and where i
     "65_agreement": ("tables/agreement.csv", "tables"),
 }
 
-
+# %% ../nbs/15_runs.ipynb #84148821
 def study_of(name: str) -> str:
     "The study that a table or figure belongs to, '' for those of the main line."
     stem = name.split("/")[-1].split(".")[0]
     return {Path(made).stem: study for study, (made, _) in STUDIES.items()}.get(stem, "")
 
-
+# %% ../nbs/15_runs.ipynb #73fa4ab1
 def study_steps(profile: str, which: str) -> list[Step]:
     "The studies of a profile; those that take minutes of measuring only with all rows."
     names = read_profile(profile).get("rows", {}).get("studies", [])
@@ -503,7 +503,7 @@ def train_step(student: str) -> Step:
     changes, made = {"student": student}, f"students/{student}"
     return Step(f"30_train.{student}", "30_train", changes, tuple(needs), made, "train")
 
-
+# %% ../nbs/15_runs.ipynb #82d8a0a1
 def play_step(name: str) -> Step:
     "Play the test episodes of one row."
     run = parse_run(name)
@@ -512,7 +512,7 @@ def play_step(name: str) -> Step:
     made = f"episodes/{name}.jsonl.gz"
     return Step(f"40_play.{name}", "40_play", {"run": name}, tuple(needs), made, "rollout")
 
-
+# %% ../nbs/15_runs.ipynb #d791397c
 def report_steps(
     plays: list[Step],
     studies: list[Step],
@@ -568,7 +568,7 @@ def released(made: str, profile: str) -> Path:
     }
     return places.get(kind, results / kind) / rest
 
-
+# %% ../nbs/15_runs.ipynb #453f97c7
 def place(
     made: str,  # e.g. 'oracle/train.jsonl.gz'
     profile: str,
@@ -593,12 +593,12 @@ def stamp_path(profile: str, name: str) -> Path:
 
 WHERE = ("profile", "start", "rows")  # say where a run reads and writes, not what comes out
 
-
+# %% ../nbs/15_runs.ipynb #81016314
 def params_sha(values: dict) -> str:
     "The fingerprint of the parameters that can change a result."
     return json_sha({name: value for name, value in values.items() if name not in WHERE})
 
-
+# %% ../nbs/15_runs.ipynb #df5663a8
 def pages(profile: str, name: str, since: float) -> list[str]:
     "The tables and figures that a run wrote since a moment; a study's bear its name."
     study = name if name in STUDIES else ""
@@ -607,7 +607,7 @@ def pages(profile: str, name: str, since: float) -> list[str]:
     names = sorted(p.relative_to(build(profile)).as_posix() for p in new)
     return [n for n in names if study_of(n) == study]
 
-
+# %% ../nbs/15_runs.ipynb #7616685d
 def write_stamp(
     profile: str,
     name: str,
@@ -655,7 +655,7 @@ def stamp(profile: str, name: str) -> dict | None:
     except (FileNotFoundError, ValueError):
         return None
 
-
+# %% ../nbs/15_runs.ipynb #87eed8f1
 def damage(profile: str, record: dict) -> str:
     "What is wrong with the results a stamp vouches for; empty if nothing."
     for made, sha in record["made"].items():
@@ -671,7 +671,7 @@ def damage(profile: str, record: dict) -> str:
             return str(error)
     return ""
 
-
+# %% ../nbs/15_runs.ipynb #b8a4f2b4
 def stale_inputs(profile: str, step: Step, steps: dict[str, Step]) -> bool:
     "Was the result made from inputs that have changed since?"
     record = sidecar(build(profile) / step.made)
@@ -697,7 +697,7 @@ def state(profile: str, step: Step, steps: dict[str, Step]) -> str:
         return "stale-inputs"
     return "stale-code" if stale_code(build(profile) / step.made) else "done"
 
-
+# %% ../nbs/15_runs.ipynb #0e105a20
 def status(
     profile: str,
     start: str = "oracle",
@@ -709,7 +709,7 @@ def status(
         {"run": s.name, "state": state(profile, s, steps), "made": s.made} for s in steps.values()
     ]
 
-
+# %% ../nbs/15_runs.ipynb #20beee57
 def drop_bad_stamps(profile: str, steps: list[Step]) -> list[str]:
     "Take away the stamps of damaged results, so that they are made again; says which and why."
     notes = []
@@ -727,13 +727,13 @@ RESULTS = [f"paper_results/{k}" for k in ("runs", "students", "tables", "noteboo
 RELEASED = ("data/oracle", "data/annotations", "figures", *RESULTS)
 ROW_LIMIT = 1_000_000  # bytes for the compressed rows of one agent and seed
 
-
+# %% ../nbs/15_runs.ipynb #8a6dbeb8
 def released_files() -> list[Path]:
     "Every file that a release writes; published numbers, prices and cards are written by hand."
     files = [p for folder in RELEASED for p in (root() / folder).rglob("*") if p.is_file()]
     return sorted(p for p in files if not is_scratch(p))
 
-
+# %% ../nbs/15_runs.ipynb #b7f4f809
 def copy_file(source: Path, target: Path) -> Path:
     "Copy a file in one atomic step, if it differs."
     if target.exists() and file_sha(target) == file_sha(source):
@@ -757,7 +757,7 @@ def to_release(profile: str) -> list[tuple[Path, Path]]:
         pairs.append((path, released(f"episodes/{path.parent.name}.training.json", profile)))
     return pairs
 
-
+# %% ../nbs/15_runs.ipynb #ad241d0b
 def not_releasable(profile: str, pairs: list[tuple[Path, Path]]) -> list[str]:
     "All that keeps a build from being released: unfinished or stale runs, rows that are too large."
     bad = [r for r in status(profile) if r["state"] not in ("done", "stale-code")]
@@ -781,7 +781,7 @@ def clear_away(profile: str, kept: set[Path]) -> list[Path]:
             folder.rmdir()
     return gone
 
-
+# %% ../nbs/15_runs.ipynb #c7508a39
 def release(profile: str = "cpu") -> dict:  # path -> hash
     "Make the committed folders what the build is, and list their files with their hashes."
     if profile != "cpu":
@@ -816,19 +816,19 @@ def merge_timing(ours: dict, theirs: dict) -> dict:  # command -> record
             newest[words] = record
     return newest
 
-
+# %% ../nbs/15_runs.ipynb #cef1c451
 def add_timing(path: Path, records: dict) -> Path:
     "Merge records of minutes into a file of them."
     return write_json(path, merge_timing(records, read_json(path) if path.exists() else {}))
 
-
+# %% ../nbs/15_runs.ipynb #6ea07dbd
 def release_timing() -> list[Path]:
     "Merge the minutes of every profile's build into the released ones."
     shelf = root() / "paper_results" / "timing"
     built = sorted((root() / "build").glob("*/timing.json"))
     return [add_timing(shelf / f"{p.parent.name}.json", read_json(p)) for p in built]
 
-
+# %% ../nbs/15_runs.ipynb #0bcf5100
 def import_timing(
     folder: Path,  # another clone, its build folder, or one profile's folder there
 ) -> list[Path]:  # the files merged into
@@ -852,7 +852,7 @@ def altered() -> list[str]:
     changed = [n for n, p in there.items() if n in listed and file_sha(p) != listed[n]]
     return problems + [f"{name}: changed since the release" for name in changed]
 
-
+# %% ../nbs/15_runs.ipynb #b24547ed
 def stale_release() -> list[str]:
     "Released results that were made from something else than what is released."
     paths = [p for p in released_files() if p.name.endswith(".jsonl.gz")]
@@ -867,7 +867,7 @@ def stale_release() -> list[str]:
                 problems.append(f"{inner}: made from another {used['name']} than the released one")
     return problems
 
-
+# %% ../nbs/15_runs.ipynb #78b5c17e
 def verify_release() -> int:
     "Check every released file; gives their number, or an error that lists what is wrong."
     if not manifest_path().exists():
@@ -904,12 +904,12 @@ def replay(
 # %% ../nbs/15_runs.ipynb #20f71c0a
 UNEQUAL = ("wall_s", "restarts", "seconds")  # may differ between equal episodes
 
-
+# %% ../nbs/15_runs.ipynb #a4f1c9f9
 def same_episode(a: dict, b: dict) -> bool:
     "Are two rows equal but for the seconds?"
     return all(a.get(k) == b.get(k) for k in {*a, *b} if k not in UNEQUAL)
 
-
+# %% ../nbs/15_runs.ipynb #e7749f18
 def mean_score(rows: list[dict]) -> float:
     "Mean over tasks of the mean over variations."
     tasks = {}
@@ -917,7 +917,7 @@ def mean_score(rows: list[dict]) -> float:
         tasks.setdefault(row["task"], []).append(row["score"])
     return fmean(fmean(scores) for scores in tasks.values()) if tasks else float("nan")
 
-
+# %% ../nbs/15_runs.ipynb #a36d2aac
 def compare_rows(
     ours: list[dict],  # episodes played again
     theirs: list[dict],  # episodes released
@@ -957,7 +957,7 @@ def published(profile: str, name: str, mean: float) -> dict | None:
     found = [r for r in found if r["agent"] in (run.agent, run.plays) and r["ci_low"]]
     return min(found, key=lambda r: abs(float(r["score"]) - mean), default=None)
 
-
+# %% ../nbs/15_runs.ipynb #e4c048ff
 def within(profile: str, name: str, facts: dict, theirs: list[dict]) -> bool | None:
     "Is the difference of the means inside the released interval? None if there is none."
     line, gap = published(profile, name, mean_score(theirs)), facts["mean_difference"]
@@ -970,7 +970,7 @@ def within(profile: str, name: str, facts: dict, theirs: list[dict]) -> bool | N
 MEASURED = ("tables/simulator.csv", "tables/architectures.csv")
 SECONDS = ("tables/efficiency.csv", "figures/break_even.csv")  # of the episodes played
 
-
+# %% ../nbs/15_runs.ipynb #c5b19308
 def csv_names(profile: str) -> list[str]:
     "Tables and data of figures, built or released."
     tops = [
@@ -978,7 +978,7 @@ def csv_names(profile: str) -> list[str]:
     ]
     return sorted({f"{kind}/{p.name}" for kind, top in tops for p in top.glob("*.csv")})
 
-
+# %% ../nbs/15_runs.ipynb #dd5c5cd3
 def compare_tables(
     profile: str,
     start: str = "rollout",
@@ -1033,7 +1033,7 @@ def run_verdict(name: str, facts: dict) -> str:
     more = [f"{len(listed) - 10} more"] if len(listed) > 10 else []
     return text + (f"; different: {', '.join([*listed[:10], *more])}" if listed else "")
 
-
+# %% ../nbs/15_runs.ipynb #4e5ab11d
 def verdicts(found: dict) -> list[str]:  # of `compare`
     "A line a run, and one for the tables."
     names = {}
@@ -1045,7 +1045,7 @@ def verdicts(found: dict) -> list[str]:  # of `compare`
     last = f"tables and figures: {', '.join(counts)}{''.join(bad)}"
     return [run_verdict(name, facts) for name, facts in found["runs"].items()] + [last]
 
-
+# %% ../nbs/15_runs.ipynb #018a58b2
 def is_same(found: dict) -> bool:  # of `compare`
     "No table differs, is missing or new, and no run is outside its interval."
     inside = all(facts.get("within") is not False for facts in found["runs"].values())
@@ -1075,7 +1075,7 @@ def snakemake_command(profile: str, start: str, rows: str, extra: list[str]) -> 
     words = [sys.executable, "-m", "snakemake", "--profile", "profiles/default", "--nolock"]
     return [*words, *extra, "--config", f"profile={profile}", f"start={start}", f"rows={rows}"]
 
-
+# %% ../nbs/15_runs.ipynb #3ef31f36
 def environment() -> dict:
     "The environment of the runs: this Python's commands come first."
     here = Path(sys.executable).parent
@@ -1091,7 +1091,7 @@ def scores_of(profile: str) -> dict[str, float]:
         rows = [r for r in csv.DictReader(file) if r.get("profile") == profile]
     return {r["agent"]: float(r["score"]) for r in rows if r["class"] == "all" and r["score"]}
 
-
+# %% ../nbs/15_runs.ipynb #bedacf7d
 def note_timing(profile: str, start: str, rows: str, minutes: float) -> Path:
     "Remember how long a whole run took, on what, and what came out."
     host = {k: provenance()["host"][k] for k in ("cores", "memory_gb")}

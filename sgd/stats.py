@@ -20,7 +20,7 @@ from .files import content_sha, read_jsonl, sidecar, stale_code
 # %% ../nbs/11_stats.ipynb #969a2643
 CLASSES = ("S", "M", "L", "all")
 
-
+# %% ../nbs/11_stats.ipynb #0fbc4d6b
 def length_classes(
     reported: Path,  # folder with the published numbers; split_counts.csv is read
 ) -> dict[str, str]:  # task id -> "S", "M" or "L"
@@ -312,7 +312,7 @@ def read_runs(
 # %% ../nbs/11_stats.ipynb #6cd6c619
 AGENTS = ("oracle", "hierarchical", "flat", "random")  # order in tables; others follow by name
 
-
+# %% ../nbs/11_stats.ipynb #c2378564
 class Entry(NamedTuple):
     "What one line of a table is about: all that runs share but the seed."
 
@@ -353,7 +353,7 @@ def entries(
 # %% ../nbs/11_stats.ipynb #99566e0d
 LABELS = [name for name in Entry._fields if name not in ("params", "sha")]
 
-
+# %% ../nbs/11_stats.ipynb #eb6f233b
 def labels(
     entry: Entry,
     runs: list[Run],  # its runs, one a seed
@@ -362,7 +362,7 @@ def labels(
     cells = {name: getattr(entry, name) for name in LABELS}
     return cells | {"seeds": str(len(runs)), "params": str(entry.params)}
 
-
+# %% ../nbs/11_stats.ipynb #523c020b
 def all_rows(runs: list[Run]) -> list[dict]:
     "Episode rows of several runs; the seed is the run's."
     return [row | {"seed": run.facts["seed"]} for run in runs for row in run.rows]

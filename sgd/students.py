@@ -32,7 +32,7 @@ from .layouts import MARKS
 # %% ../nbs/07_students.ipynb #e498fdb9
 PAD = "<pad>"
 
-
+# %% ../nbs/07_students.ipynb #3152799c
 def train_tokenizer(
     texts: Iterable[str],  # of the train split
     vocab_size: int = 2048,  # at most
@@ -73,14 +73,14 @@ def new_model(
         torch.manual_seed(seed)
         return auto.from_config(cfg)
 
-
+# %% ../nbs/07_students.ipynb #a5f3f3f1
 def pick_device(name: str = "auto") -> torch.device:
     "The device of that name; `auto` is a GPU if there is one."
     return torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     )
 
-
+# %% ../nbs/07_students.ipynb #90a1afa4
 def n_params(model: nn.Module) -> int:
     "Parameters, each tied tensor counted once."
     return sum(p.numel() for p in model.parameters())
@@ -107,7 +107,7 @@ class Student:
         write_json(Path(folder) / "student.json", {**meta, "facts": self.facts})
         return Path(folder)
 
-
+# %% ../nbs/07_students.ipynb #b6b373a1
 def load_student(folder: Path) -> Student:
     "Load what `Student.save` wrote, or any checkpoint of transformers with a student.json."
     folder = Path(folder)
@@ -166,7 +166,7 @@ def _update(self: RaggedCache, k: Tensor, v: Tensor, layer: int, *_) -> tuple[Te
         store[rows, :, self.positions] = x.transpose(1, 2)
     return held[0][:, :, : self.size], held[1][:, :, : self.size]
 
-
+# %% ../nbs/07_students.ipynb #8562e01d
 def _update_conv(
     self: RaggedCache, x: Tensor, layer: int, conv_kernel_size: int = 0, **_
 ) -> Tensor:
@@ -220,14 +220,14 @@ def _call(self: Decoder, ids: Tensor, new: Tensor) -> Tensor:
     last = hidden[torch.arange(self.rows), (new - 1).clamp_min(0)]
     return self.model.lm_head(last)
 
-
+# %% ../nbs/07_students.ipynb #3e0c728a
 def feed(self: Decoder, tokens: dict[int, list[int]]) -> dict[int, Tensor]:
     "Give rows their new tokens; the scores of each row's next token."
     one = {r: t for r, t in tokens.items() if len(t) == 1}
     more = {r: t for r, t in tokens.items() if len(t) > 1}
     return {**self._feed(one, 1), **self._feed(more, self.chunk)}
 
-
+# %% ../nbs/07_students.ipynb #f58874e7
 def _feed(self: Decoder, left: dict[int, list[int]], n: int) -> dict[int, Tensor]:
     "Feed rows n tokens at a time: a row's numbers must not depend on what its neighbours read."
     scores = {}
@@ -275,12 +275,12 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     "Tokens of a prompt or of an answer, with the end of text."
     return [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
 
-
+# %% ../nbs/07_students.ipynb #d66ab1e4
 def padded_size(n: int, least: int = 128) -> int:
     "The size that n tokens are padded to: a power of two."
     return max(least, 1 << (n - 1).bit_length())
 
-
+# %% ../nbs/07_students.ipynb #433a488e
 @torch.no_grad()
 def answer(
     model: PreTrainedModel,  # encoder-decoder

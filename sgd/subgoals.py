@@ -579,7 +579,7 @@ class Segment(NamedTuple):
     first: int
     last: int
 
-
+# %% ../nbs/04_subgoals.ipynb #b81f4a80
 class Stretch(NamedTuple):
     "Consecutive steps that no sub-goal claims, with what stands around them."
 
@@ -639,7 +639,7 @@ def _size(stated: Sequence[Stated]) -> int:
     "How many steps or actions sub-goals name."
     return sum(len(s.actions) for s in stated) + sum(j - i + 1 for i, j, _ in _claims(stated))
 
-
+# %% ../nbs/04_subgoals.ipynb #d158f42a
 def _final(gold: Sequence[str], stated: Sequence[Stated], most: int = 4) -> Sequence[Stated]:
     "The last run of an answer that covers the path; else all, if they complete each other."
     runs = _drafts(stated)
@@ -687,7 +687,7 @@ def _reask(
 # %% ../nbs/04_subgoals.ipynb #f8f19c80
 POLICIES = ("attach", "reask", "reject")
 
-
+# %% ../nbs/04_subgoals.ipynb #70b5ccf4
 def _checked(gold: Sequence[str], stated: Sequence[Stated], policy: str) -> None:
     "Refuse what cannot be aligned at all."
     if policy not in POLICIES:

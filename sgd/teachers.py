@@ -96,7 +96,7 @@ def _head(name: str) -> str:
     "`apple seed in seed jar` is an apple seed: the name before any place or content."
     return re.split(r" (?:in|on|containing) ", name)[0]
 
-
+# %% ../nbs/05_teachers.ipynb #47f393a9
 def _special(act: Action, told: str, inventory: str) -> str:
     "The letter of a step that depends on its objects, or an empty string."
     verb, args = act
@@ -119,7 +119,7 @@ _TOLD = re.compile(
     r"(.+?)(?: (?:to|into) the (.+?))?\.?\s*$"
 )
 
-
+# %% ../nbs/05_teachers.ipynb #4a1a7121
 def told(observation: str) -> tuple[str, str]:  # object and place, "" where not named
     "The object, and the place it went to, as the observation names them."
     m = _TOLD.search(observation)
@@ -134,7 +134,7 @@ class Step(NamedTuple):
     told: tuple  # object and place by the observation
     room: str  # where the agent stands before it
 
-
+# %% ../nbs/05_teachers.ipynb #e11cdff4
 def _room(look: str) -> str:
     "The room or place a look describes."
     m = re.search(r"called the (.+?)\.", look)
@@ -215,7 +215,7 @@ class Rule(NamedTuple):
 
 RULES: list[Rule] = []
 
-
+# %% ../nbs/05_teachers.ipynb #232de974
 def rule(name: str, pattern: str):
     "Register a function as the arguments of a rule."
 
@@ -234,7 +234,7 @@ def _navigate(r, i, j):
 _PORT = r"(?:anode|cathode|terminal \d)"
 _WIRED = re.compile(rf"{_PORT} on (.+?) is now connected to {_PORT} on (.+)")
 
-
+# %% ../nbs/05_teachers.ipynb #51d7c63c
 def _parts(r: Reading, i: int, j: int) -> tuple:
     "The components connected in steps i to j, in order, once each."
     found = {}
@@ -492,7 +492,7 @@ class RandomTeacher(Teacher):
 # %% ../nbs/05_teachers.ipynb #c4400b99
 TEACHERS: dict[str, Callable[..., Teacher]] = {"program": ProgramTeacher, "random": RandomTeacher}
 
-
+# %% ../nbs/05_teachers.ipynb #bedcb250
 def make_teacher(
     name: str,  # a key of TEACHERS
     **settings,  # whatever that teacher takes, e.g. seed=0
@@ -512,7 +512,7 @@ def _settings(teacher: Teacher, seed: int) -> dict:
         "seed": seed,
     }
 
-
+# %% ../nbs/05_teachers.ipynb #ebbb9b1c
 def _work(teacher: Teacher, trajectories: list[dict], log: RowLog) -> list[dict]:
     "Annotate what the log does not hold yet; the refusals."
     todo, refused = [t for t in trajectories if log.key(t) not in log.done], []

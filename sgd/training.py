@@ -56,7 +56,7 @@ class Window(NamedTuple):
     ids: list[int]
     weights: list[float]  # of the prediction of this token
 
-
+# %% ../nbs/08_training.ipynb #80ab7842
 def encode_piece(
     tokenizer: PreTrainedTokenizerBase,
     piece: Piece,
@@ -76,7 +76,7 @@ def _joined(parts: list[Window]) -> Window:
     "Windows end to end."
     return Window([i for p in parts for i in p.ids], [w for p in parts for w in p.weights])
 
-
+# %% ../nbs/08_training.ipynb #8895864c
 def encode_trajectory(
     tokenizer: PreTrainedTokenizerBase,
     trajectory: dict,
@@ -173,7 +173,7 @@ def collate(chosen: list[Window], pad: int) -> tuple[Tensor, Tensor]:
         weights[row, : len(w.ids)] = torch.tensor(w.weights)
     return ids, weights
 
-
+# %% ../nbs/08_training.ipynb #d946a01a
 def decision_loss(model: PreTrainedModel, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     "Summed weighted loss and, for each decided token, whether it was predicted (flat)."
     hidden = model.model(input_ids=ids[:, :-1]).last_hidden_state
@@ -190,7 +190,7 @@ class Question(NamedTuple):
     ids: Tensor
     answer: Tensor
 
-
+# %% ../nbs/08_training.ipynb #436f7df5
 def encode_steps(
     tokenizer: PreTrainedTokenizerBase,
     trajectory: dict,
@@ -218,7 +218,7 @@ def collate_questions(chosen: list[Question], pad: int) -> tuple[Tensor, Tensor]
     ids, answers = (pad_all(x, batch_first=True, padding_value=v).long() for x, v in parts)
     return ids, answers
 
-
+# %% ../nbs/08_training.ipynb #bf5d8911
 def answer_loss(model: PreTrainedModel, ids: Tensor, answers: Tensor) -> tuple[Tensor, Tensor]:
     "Mean loss of the answers' tokens and, for each, whether it was predicted (flat)."
     mask = (ids != model.config.pad_token_id).long()
@@ -236,7 +236,7 @@ class Outcome(NamedTuple):
     decided: Tensor  # [batch, length], which tokens were decided
     tokens: int  # read and written, with padding
 
-
+# %% ../nbs/08_training.ipynb #03e8b582
 def outcome(model: PreTrainedModel, chosen: list[Window] | list[Question]) -> Outcome:
     "Loss and hits of a batch; half precision on a GPU."
     both, kind = model.config.is_encoder_decoder, model.device.type
@@ -305,7 +305,7 @@ class Run(NamedTuple):
 
 CHECKPOINT, BEST = "checkpoint.part", "best.part"  # scratch files, removed at the end
 
-
+# %% ../nbs/08_training.ipynb #ec375d4b
 def _checkpoint(path: Path, run: Run) -> None:
     "Write all of a run's state atomically."
     buffer = io.BytesIO()
@@ -313,7 +313,7 @@ def _checkpoint(path: Path, run: Run) -> None:
     torch.save({**parts, "state": run.state}, buffer)
     write_atomic(path, buffer.getvalue())
 
-
+# %% ../nbs/08_training.ipynb #16151fa2
 def _restore(path: Path, run: Run) -> Run:
     "Load a checkpoint into a fresh run; a torn file is reported, and the run begins anew."
     try:
@@ -391,7 +391,7 @@ ROLES = {
     "executor": ("act",),
 }
 
-
+# %% ../nbs/08_training.ipynb #ca63ed64
 def read_data(
     trajectories: Path,
     annotations: Path | None,
@@ -436,7 +436,7 @@ def encode_data(tokenizer, pairs: list[tuple], plan: dict, weight: float) -> tup
         out, shortened = out + made, shortened + n
     return out, shortened
 
-
+# %% ../nbs/08_training.ipynb #27c42ea6
 def encode_splits(tokenizer, inputs: list[Path], plan: dict) -> list[tuple[list, int]]:
     "The encoded train and dev data; the flat student's without sub-goals."
     cuts = (None, None) if plan["roles"] == "flat" else inputs[2:]
@@ -533,7 +533,7 @@ def train_texts(
         else:
             yield from (p.text for pieces in stream_pieces(t, segments) for p in pieces)
 
-
+# %% ../nbs/08_training.ipynb #8cfb4320
 def plan_of(given: dict) -> dict:
     "The settings that decide what a training gives."
     files = ("out", "train", "dev", "annotations", "dev_annotations")
@@ -541,7 +541,7 @@ def plan_of(given: dict) -> dict:
         k: v for k, v in given.items() if k not in (*files, "threads", "save_seconds", "device")
     }
 
-
+# %% ../nbs/08_training.ipynb #87649e1c
 def new_run(model: PreTrainedModel, plan: dict) -> Run:
     "A run before its first step."
     state = {"step": 0, "tokens": 0, "seconds": 0.0, "curve": [], "losses": [], "best": -1.0}
@@ -562,7 +562,7 @@ def resume(run: Run, out: Path, plan: dict, inputs: list[Path]) -> Run:
     write_json(mark, key)
     return run
 
-
+# %% ../nbs/08_training.ipynb #f3f0f559
 def _finish(run: Run, tokenizer, out: Path, plan: dict, inputs: list[Path], facts: dict) -> Path:
     "Save the best state as a student, and the facts of its training."
     run.model.load_state_dict(torch.load(out / BEST, weights_only=True, map_location="cpu"))

