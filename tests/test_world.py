@@ -121,16 +121,17 @@ def test_a_lean_step_is_three_times_faster(sim, one_each, task):
     t = one_each[task]
     env = ScienceWorldEnv(envStepLimit=1000)
     try:
-        env.load(task, t["variation"], "easy")
-        sim.load(task, t["variation"])
-        full = lean = 0.0
-        for action in [s["action"] for s in t["steps"]][:25]:
-            began = time.perf_counter()
-            env.step(action)
-            full += time.perf_counter() - began
-            began = time.perf_counter()
-            sim.step(action)
-            lean += time.perf_counter() - began
+        for _ in range(3):  # both are slow until they have run for a while: the last round counts
+            env.load(task, t["variation"], "easy")
+            sim.load(task, t["variation"])
+            full = lean = 0.0
+            for action in [s["action"] for s in t["steps"]][:25]:
+                began = time.perf_counter()
+                env.step(action)
+                full += time.perf_counter() - began
+                began = time.perf_counter()
+                sim.step(action)
+                lean += time.perf_counter() - began
     finally:
         env.close()
     assert full >= 3 * lean, full / lean
