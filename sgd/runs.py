@@ -1137,9 +1137,14 @@ def why_stopped(profile: str, code: int) -> str:
     )
 
 # %% ../nbs/15_runs.ipynb #124c1380
-def usual_minutes(name: str) -> float | None:
+def usual_minutes(profile: str, step: Step) -> float | None:
     "How long a run took when the release was made; None if it is not in the release."
-    path = root() / "paper_results" / "notebooks" / f"{name}.ipynb"
+    made = released(step.made, profile)
+    if (record := made / "training.json").exists():
+        return read_json(record)["seconds"] / 60
+    if seconds := (sidecar(made) or {}).get("facts", {}).get("seconds"):
+        return seconds / 60
+    path = root() / "paper_results" / "notebooks" / f"{step.name}.ipynb"
     facts = read_json(path)["metadata"].get("papermill", {}) if path.exists() else {}
     return facts["duration"] / 60 if facts.get("duration") else None
 
@@ -1149,6 +1154,7 @@ class Progress:
 
     def __init__(self, profile: str, steps: list[Step]):
         self.steps = {s.name: stamp_path(profile, s.name) for s in steps}
+        self.usual = {s.name: usual_minutes(profile, s) for s in steps}
         self.seen = self.stamps()
 
     def stamps(self) -> dict[str, int]:
@@ -1159,7 +1165,7 @@ class Progress:
         "A line for each run that has ended since the last look."
         now = self.stamps()
         new = sorted((at, name) for name, at in now.items() if self.seen.get(name) != at)
-        usual = [usual_minutes(name) for name in self.steps if name not in now]
+        usual = [self.usual[name] for name in self.steps if name not in now]
         left = f", at most about {sum(usual):.0f} min left" if usual and None not in usual else ""
         self.seen, count = now, f"{len(now)}/{len(self.steps)}"
         return [f"[{count}] {name} done, {minutes:.1f} min so far{left}" for _, name in new]

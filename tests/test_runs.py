@@ -500,8 +500,13 @@ def test_progress_says_how_many_are_left_and_how_long(project):
     for step in steps[2:]:
         path = project / f"paper_results/notebooks/{step.name}.ipynb"
         files.write_json(path, {"metadata": {"papermill": {"duration": 120}}})
+    rows = runs.released("episodes/random.s0.paper.jsonl.gz", "cpu")
+    files.write_jsonl(rows, [])
+    files.write_sidecar(rows, "files.toy", {}, seconds=600)
+    progress = runs.Progress("cpu", steps)
     finish("cpu", steps[1])
-    assert progress.news(3)[0].endswith(f"at most about {2 * len(steps[2:])} min left")
+    minutes = 2 * len(steps[2:]) + 8
+    assert progress.news(3)[0].endswith(f"at most about {minutes} min left"), "rows know better"
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(project):
