@@ -500,7 +500,7 @@ def test_progress_says_how_many_are_left_and_how_long(project):
     for step in steps[2:]:
         path = project / f"paper_results/notebooks/{step.name}.ipynb"
         files.write_json(path, {"metadata": {"papermill": {"duration": 120}}})
-    rows = runs.released("episodes/random.s0.paper.jsonl.gz", "cpu")
+    rows = runs.released("episodes/oracle.s0.paper.jsonl.gz", "cpu")
     files.write_jsonl(rows, [])
     files.write_sidecar(rows, "files.toy", {}, seconds=600)
     progress = runs.Progress("cpu", steps)
