@@ -890,8 +890,8 @@ def replay(
     seed: int = 0,  # of the sample
     workers: int = 2,
 ) -> list[dict]:  # file, task, variation, same
-    "Play a random sample of the released oracle paths again."
-    places = [root() / "data" / "oracle" / f"{split}.jsonl.gz" for split in ("train", "dev")]
+    "Play a random sample of the released train and dev oracle paths again."
+    places = [root() / "data" / "oracle" / f"{split}.jsonl.gz" for split in ("dev", "train")]
     files = [path for path in places if path.exists()]  # test paths are the oracle's row's alone
     if not files:
         raise FileNotFoundError("expected oracle paths in data/oracle, got none. Try: FROM=oracle")

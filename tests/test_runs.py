@@ -608,7 +608,7 @@ def test_released_paths_are_played_again_on_request(released, monkeypatch, capsy
         return [{"task": "boil", "variation": i, "same": same or i < 1} for i in range(n)]
 
     monkeypatch.setattr(runs, "verify_sample", verify_sample)
-    for split in ("dev", "train"):
+    for split in ("dev", "test", "train"):
         files.write_jsonl(released / f"data/oracle/{split}.jsonl.gz", [])
     runs.write_manifest()
     cli.main(["verify"])
