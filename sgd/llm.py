@@ -6,10 +6,11 @@
 __all__ = ['PER_MESSAGE', 'PER_CALL', 'LIMIT_FIELDS', 'LIMIT_REASONS', 'FATAL_STATUS', 'SCHEMA', 'USUAL', 'canonical', 'call_key',
            'UnknownPrice', 'Price', 'dollars', 'pico', 'price_of', 'Rates', 'answer_limit', 'most_tokens', 'writable',
            'Verdict', 'same_model', 'known_usage', 'outcome', 'read_page', 'judge', 'judge_error', 'asked_wait',
-           'back_off', 'Store', 'LLMError', 'BudgetExceeded', 'Budget', 'Usage', 'Ledger', 'totals', 'correct', 'now',
-           'book', 'NoAnswer', 'EndpointError', 'NotRecorded', 'Answer', 'Keyed', 'Endpoint', 'with_params',
-           'params_of', 'LLM', 'chat_body', 'kept', 'reserve', 'send', 'attempt', 'recognised', 'check_echo', 'obtain',
-           'spread', 'save_recording', 'load_recording', 'batch_line', 'batch_verdict', 'take_reply']
+           'back_off', 'write_ahead', 'Store', 'LLMError', 'BudgetExceeded', 'Budget', 'Usage', 'Ledger', 'totals',
+           'correct', 'now', 'book', 'NoAnswer', 'EndpointError', 'NotRecorded', 'Answer', 'Keyed', 'Endpoint',
+           'with_params', 'params_of', 'LLM', 'chat_body', 'kept', 'reserve', 'send', 'attempt', 'recognised',
+           'check_echo', 'obtain', 'spread', 'save_recording', 'load_recording', 'batch_line', 'batch_verdict',
+           'take_reply']
 
 # %% ../nbs/03_llm.ipynb #4f037baf
 import hashlib
@@ -284,6 +285,22 @@ CREATE VIEW IF NOT EXISTS ledger AS SELECT *,
   FROM calls;
 """
 
+# %% ../nbs/03_llm.ipynb #d2f47a31
+def write_ahead(
+    db: sqlite3.Connection,
+    seconds: float = 60.0,  # at most so long for other processes
+) -> str:
+    "Switch a file to WAL mode when it is free; the mode it is in then."
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return db.execute("PRAGMA journal_mode=WAL").fetchone()[0]
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > until:
+                raise
+        time.sleep(0.01)
+
 # %% ../nbs/03_llm.ipynb #ee480420
 class Store:
     "An SQLite file shared by the threads of this process, and by other processes."
@@ -293,7 +310,7 @@ class Store:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
         self.db = sqlite3.connect(path, timeout=60, check_same_thread=False, isolation_level=None)
         self.db.row_factory = sqlite3.Row
-        self.db.execute("PRAGMA journal_mode=WAL")
+        write_ahead(self.db)
         self.lock = threading.RLock()
         with self.write() as db:
             for statement in SCHEMA.split(";"):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -546,6 +547,29 @@ def test_a_money_cap_holds_to_the_picodollar():
                 with pytest.raises(BudgetExceeded):
                     llm("say 2")
             assert len(end.calls) == 1 + passes
+
+
+def open_at_once(folder, barrier, count):
+    for n in range(count):
+        barrier.wait(30)
+        sgd_llm.Store(f"{folder}/{n}.sqlite").close()
+
+
+def test_processes_that_open_a_new_file_at_once_wait_for_each_other(tmp_path):
+    barrier = spawn.Barrier(4)
+    args = (tmp_path, barrier, 100)
+    processes = [spawn.Process(target=open_at_once, args=args) for _ in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0] * 4
+
+
+def test_a_store_in_a_file_that_is_no_database_says_so_at_once(tmp_path):
+    (tmp_path / "a.sqlite").write_text("no database " * 99)
+    with pytest.raises(sqlite3.DatabaseError, match="not a database"):
+        sgd_llm.Store(tmp_path / "a.sqlite")
 
 
 def test_two_processes_share_one_cap_and_exit_unhappily(tmp_path):
