@@ -9,6 +9,7 @@ __all__ = ['EXPECTED', 'settings', 'cmd_run', 'cmd_status', 'cmd_reproduce', 'cm
 # %% ../nbs/16_cli.ipynb #f0fe66e8
 import argparse
 import json
+import sqlite3
 import sys
 
 import yaml
@@ -120,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 # %% ../nbs/16_cli.ipynb #2db9e723
-EXPECTED = (FileNotFoundError, RuntimeError, ValueError, OSError)
+EXPECTED = (FileNotFoundError, RuntimeError, ValueError, OSError, sqlite3.Error)
 
 # %% ../nbs/16_cli.ipynb #f65d7cb6
 def main(words: list[str] | None = None) -> None:

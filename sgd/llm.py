@@ -174,7 +174,7 @@ def same_model(asked: str, echoed: str, also: Iterable[str] = ()) -> bool:
     if echoed == asked or echoed in tuple(also):
         return True
     rest = echoed[len(asked) :] if echoed.startswith(asked) else ""
-    return len(rest) > 1 and rest[0] in "-@:" and (rest[1].isdigit() or rest[1:] == "latest")
+    return bool(re.fullmatch(r"[-@:](latest|\d{3,}(-\d\d-\d\d)?)", rest))
 
 # %% ../nbs/03_llm.ipynb #5ab8070d
 def known_usage(usage: Any, most: tuple[int, int], text: str) -> str | None:  # None: consistent
@@ -357,7 +357,7 @@ class Budget:
 
     def check(self, held_tokens: int, held: int, tokens: int, cost: int) -> None:
         "Raise unless a call of at most `tokens` and `cost` picodollars still fits."
-        cap = None if self.money is None else pico(self.money)
+        cap = None if self.money is None else int(Decimal(str(self.money)) * 10**12)
         if self.tokens is not None and held_tokens + tokens > self.tokens:
             told = f"{self.tokens:,} tokens; {held_tokens:,} held, the next call up to {tokens:,}"
         elif cap is not None and held + cost > cap:

@@ -23,12 +23,13 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 # %% ../nbs/05b_llm_teachers.ipynb #cfb35437
-from .files import read_jsonl, root, write_jsonl, write_sidecar
+from .files import Lock, read_jsonl, root, write_jsonl, write_sidecar
 from sgd.llm import (
     LIMIT_FIELDS,
     LLM,
     Answer,
     Budget,
+    LLMError,
     NoAnswer,
     NotRecorded,
     Price,
@@ -224,6 +225,8 @@ def choose(
     "Evenly spaced trajectories of each task."
     shown = {(e.task, e.variation) for e in (examples or {}).values()}
     found, known = {}, {t["task"] for t in trajectories}
+    if any(t.get("split") == "test" for t in trajectories):
+        raise ValueError("expected paths of train or dev, got some of test: try another split")
     if unknown := sorted(set(tasks or ()) - known):
         raise ValueError(f"expected tasks of {sorted(known)}, got {unknown}: try one of these")
     for t in sorted(trajectories, key=order):
@@ -357,7 +360,7 @@ def estimate(teacher: LLMTeacher, trajectories: list[dict]) -> dict:
     facts = {"paths": len(trajectories), "kept": total["kept"]}
     facts |= {"calls": len(trajectories) - total["kept"], "model": llm.model}
     facts |= {name: total[name] for name in ("tokens_in", "tokens_out")}
-    money = {"dollars": dollars(cost), "dollars_at_most": dollars(total["most"])}
+    money = {"dollars": dollars(cost), "dollars_a_try": dollars(total["most"])}
     return facts | money | {"price": price.source, "rule": RULE}
 
 # %% ../nbs/05b_llm_teachers.ipynb #da9b94c7
@@ -552,8 +555,7 @@ def teacher_of(a: argparse.Namespace, requests: list[dict], replies: list) -> LL
     options = dict(budget=Budget(a.tokens, a.dollars), width=a.width, timeout=a.timeout)
     options |= dict(known_as=a.known_as, offline=bool(a.export or a.replies or a.dry_run))
     options |= dict(tries=a.tries, echoes=a.echo, price=told_price(a))
-    store = a.store or root() / "build" / "annotations" / "llm.sqlite"
-    store = ":memory:" if a.export or (a.dry_run and not Path(store).exists()) else store
+    store = ":memory:" if a.export or (a.dry_run and not a.store.exists()) else a.store
     llm = LLM(a.model, a.base_url, store, **options, extra=params_of(sent) if sent else told)
     kind = BatchTeacher if a.export or a.replies else LLMTeacher
     examples = load_examples(a.examples, a.trajectories if a.split == "train" else None)
@@ -566,6 +568,7 @@ def annotate_cli(a: argparse.Namespace) -> None:
     paths = a.trajectories or root() / "data" / "oracle" / f"{a.split}.jsonl.gz"
     name = f"{a.name or a.teacher}.{a.split}.jsonl.gz"
     a.out = a.out or root() / "build" / "annotations" / name
+    a.store = a.store or root() / "build" / "annotations" / "llm.sqlite"
     if a.teacher != "llm":
         if a.task or a.per_task or a.export or a.replies or a.dry_run:
             raise ValueError("expected --teacher llm with a selection: others read whole files")
@@ -585,7 +588,8 @@ def annotate_cli(a: argparse.Namespace) -> None:
         elif a.replies:
             import_replies(a, teacher, chosen, replies, requests, [paths, a.replies])
         else:
-            finish(teacher, chosen, a.out, [paths])
+            with Lock(a.store.with_name(f"{a.store.name}.lock")):  # nothing is asked twice
+                finish(teacher, chosen, a.out, [paths])
 
 # %% ../nbs/05b_llm_teachers.ipynb #a238cdcd
 def finish(teacher: LLMTeacher, chosen: list[dict], out: Path, inputs: list[Path]) -> None:
@@ -596,6 +600,8 @@ def finish(teacher: LLMTeacher, chosen: list[dict], out: Path, inputs: list[Path
     why = "; ".join(f"{n} {reason}" for reason, n in reasons.most_common())
     print(f"{len(rows)} annotated, {len(refused)} not{f' ({why})' if why else ''}: {out}")
     print(f"in the ledger: {teacher.llm.ledger.total()}")
+    if chosen and not rows:
+        raise LLMError(f"expected annotations of {len(chosen)} paths, got none: {why}")
 
 # %% ../nbs/05b_llm_teachers.ipynb #ed93b231
 def import_replies(

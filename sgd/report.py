@@ -391,7 +391,8 @@ def name_of(line: dict) -> str:
     if line["profile"].startswith("reported: "):
         source = line["profile"].removeprefix("reported: ").split(",")[0]
         by = "as reported" if source == line["agent"] else f"reported by {source}"
-        return f"{line['agent']}, {by}"
+        notes = " (third-party notes)" if "(third-party notes)" in line["profile"] else ""
+        return f"{line['agent']}, {by}{notes}"
     return f"{line['agent']}, {line['teacher']} teacher" if line["teacher"] else line["agent"]
 
 # %% ../nbs/13_report.ipynb #d94079cb
@@ -408,7 +409,9 @@ def finding(
         verdict = "level with" if low <= 0 <= high else "ahead of" if low > 0 else "behind"
         ends = f"difference {p['difference']} points, interval {p['difference_low']} to "
         close = f"{gap:.1f} points " if low > 0 or high < 0 else ""
-        return f"The hierarchical agent is {close}{verdict} the flat one\n({ends}{p['difference_high']})"
+        seeds = "one seed each" if p["seeds"] == "1" else f"{p['seeds']} seeds each"
+        told = f"({ends}{p['difference_high']}; {seeds})"
+        return f"The hierarchical agent is {close}{verdict} the flat one\n{told}"
     ours = main[(main["class"] == "all") & (main["protocol"] != "")]
     if not len(ours):
         return "Published scores only: no rows of ours yet"

@@ -157,7 +157,7 @@ BAD = {
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_answer_is_an_attempt_and_never_kept(fault):
     with Loopback(faults=lambda n, body: fault, retry_after="0.01") as end:
-        with client(end, tries=2, timeout=0.3) as llm:
+        with client(end, tries=2, timeout=0.3 if fault == "hang" else 20) as llm:
             for again in (1, 2):
                 with pytest.raises(NoAnswer) as error:
                     llm("boil water and say so at some length, please")
@@ -339,9 +339,9 @@ def test_a_date_and_milliseconds_are_obeyed_too(status):
         return formatdate(time.time() + 2, usegmt=True)  # whole seconds: between 1 and 2 from now
 
     for asks, least, most in (
-        ({"Retry-After": date}, 1, 2.5),
-        ({"retry-after-ms": lambda: "300"}, 0.3, 0.9),
-        ({"retry-after-ms": lambda: "300", "Retry-After": lambda: "3600"}, 0.3, 0.9),
+        ({"Retry-After": date}, 1, 20),
+        ({"retry-after-ms": lambda: "300"}, 0.3, 20),
+        ({"retry-after-ms": lambda: "300", "Retry-After": lambda: "3600"}, 0.3, 20),
     ):
         with Loopback(faults={0: status}, retry_after=asks) as end, client(end) as llm:
             llm("wait")
@@ -424,15 +424,15 @@ def child(*args):
 
 def test_ctrl_c_lets_calls_in_flight_land(tmp_path):
     with Loopback(latency=0.3) as end:
-        process = child(end.base_url, tmp_path / "a.sqlite", 50, 4)
+        process = child(end.base_url, tmp_path / "a.sqlite", 200, 4)
         while len(end.calls) < 6:
             time.sleep(0.02)
         os.kill(process.pid, signal.SIGINT)
-        process.join(10)
+        process.join(60)
         assert process.exitcode == 130
         with client(end, tmp_path / "a.sqlite") as llm:
             assert (
-                llm.ledger.total().flagged == 0 and llm.ledger.total().calls == len(end.calls) < 20
+                llm.ledger.total().flagged == 0 and llm.ledger.total().calls == len(end.calls) < 100
             )
 
 
@@ -572,12 +572,33 @@ def test_a_store_in_a_file_that_is_no_database_says_so_at_once(tmp_path):
         sgd_llm.Store(tmp_path / "a.sqlite")
 
 
+@pytest.mark.parametrize(
+    "asked, echoed, same",
+    [
+        ("gpt-4", "gpt-4-0613", True),
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("qwen", "qwen:latest", True),
+        ("gpt-4", "gpt-4-32k", False),
+        ("gpt-3.5-turbo", "gpt-3.5-turbo-16k", False),
+        ("gpt-4", "gpt-4-1106-preview", False),
+    ],
+)
+def test_a_snapshot_is_the_same_model_and_a_longer_context_is_not(asked, echoed, same):
+    assert sgd_llm.same_model(asked, echoed) is same
+
+
+def test_a_cap_that_is_no_whole_number_of_picodollars_is_rounded_down():
+    Budget(money=0.1 + 0.2).check(0, 0, 1, 3 * 10**11)
+    with pytest.raises(BudgetExceeded):
+        Budget(money=0.1 + 0.2).check(0, 0, 1, 3 * 10**11 + 1)
+
+
 def test_two_processes_share_one_cap_and_exit_unhappily(tmp_path):
     with Loopback(latency=0.01) as end:
         args = (end.base_url, tmp_path / "calls.sqlite", 300, 2, 2600)
         both = [child(*args) for _ in range(2)]
         for process in both:
-            process.join(30)
+            process.join(60)
         assert [process.exitcode for process in both] == [3, 3]
         with client(end, tmp_path / "calls.sqlite") as llm:
             held = ledger(llm, "SELECT sum(held_tokens) AS n FROM ledger")[0]["n"]
