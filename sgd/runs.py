@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'STAGES', 'SOURCES', 'STUDIES', 'WHERE', 'RESULTS', 'RELEASED', 'ROW_LIMIT', 'UNEQUAL', 'MEASURED', 'SECONDS',
-           'Parameter', 'code_cells', 'parameters', 'names_read', 'ParameterError', 'fits', 'similar', 'check_values',
-           'experiments', 'find_notebook', 'profile_names', 'build', 'read_profile', 'resolve', 'manifest_path',
-           'is_source', 'sources', 'write_params', 'RunError', 'why_died', 'papermill_execute', 'cause', 'last_cell',
-           'tidy', 'execute', 'Step', 'RunName', 'parse_run', 'profile_rows', 'data_steps', 'study_of', 'study_steps',
-           'train_step', 'play_step', 'report_steps', 'plan', 'released', 'place', 'stamp_path', 'params_sha', 'pages',
-           'write_stamp', 'run', 'stamp', 'damage', 'stale_inputs', 'state', 'status', 'drop_bad_stamps',
-           'released_files', 'copy_file', 'to_release', 'not_releasable', 'clear_away', 'release', 'write_manifest',
-           'merge_timing', 'add_timing', 'release_timing', 'import_timing', 'altered', 'stale_release',
-           'verify_release', 'replay', 'same_episode', 'mean_score', 'compare_rows', 'published', 'within', 'csv_names',
-           'compare_tables', 'compare', 'run_verdict', 'verdicts', 'is_same', 'table_rows', 'snakemake_command',
-           'environment', 'scores_of', 'note_timing', 'Clock', 'why_stopped', 'usual_minutes', 'Progress', 'Stop',
-           'attend', 'reproduce']
+           'QUICK', 'Parameter', 'code_cells', 'parameters', 'names_read', 'ParameterError', 'fits', 'similar',
+           'check_values', 'experiments', 'find_notebook', 'profile_names', 'build', 'read_profile', 'resolve',
+           'manifest_path', 'is_source', 'sources', 'write_params', 'RunError', 'why_died', 'papermill_execute',
+           'cause', 'last_cell', 'tidy', 'execute', 'Step', 'RunName', 'parse_run', 'profile_rows', 'data_steps',
+           'study_of', 'study_steps', 'train_step', 'play_step', 'report_steps', 'plan', 'released', 'place',
+           'stamp_path', 'params_sha', 'pages', 'write_stamp', 'run', 'stamp', 'damage', 'stale_inputs', 'state',
+           'status', 'drop_bad_stamps', 'released_files', 'copy_file', 'to_release', 'not_releasable', 'clear_away',
+           'release', 'write_manifest', 'merge_timing', 'add_timing', 'release_timing', 'import_timing', 'altered',
+           'stale_release', 'verify_release', 'replay', 'same_episode', 'mean_score', 'compare_rows', 'published',
+           'within', 'csv_names', 'compare_tables', 'compare', 'run_verdict', 'verdicts', 'is_same', 'table_rows',
+           'snakemake_command', 'environment', 'scores_of', 'note_timing', 'Clock', 'why_stopped', 'usual_minutes',
+           'timed_minutes', 'Progress', 'Stop', 'attend', 'reproduce']
 
 # %% ../nbs/15_runs.ipynb #403510a1
 import ast
@@ -1138,25 +1138,37 @@ def why_stopped(profile: str, code: int) -> str:
     )
 
 # %% ../nbs/15_runs.ipynb #124c1380
+QUICK = 0.1  # minutes of a run that only reads and writes files
+
+
 def usual_minutes(profile: str, step: Step) -> float | None:
-    "How long a run took when the release was made; None if it is not in the release."
+    "How long a run of this very profile took when it was released; None if nobody noted it."
+    if step.stage == "tables" or step.changes.get("teacher") in ("program", "random"):
+        return QUICK
+    if not step.made.startswith(("students/", "episodes/")):  # released once for all profiles
+        return None
     made = released(step.made, profile)
-    if (record := made / "training.json").exists():
-        return read_json(record)["seconds"] / 60
-    if seconds := (sidecar(made) or {}).get("facts", {}).get("seconds"):
-        return seconds / 60
-    path = root() / "paper_results" / "notebooks" / f"{step.name}.ipynb"
-    facts = read_json(path)["metadata"].get("papermill", {}) if path.exists() else {}
-    return facts["duration"] / 60 if facts.get("duration") else None
+    record = made / "training.json"
+    facts = read_json(record) if record.exists() else (sidecar(made) or {}).get("facts", {})
+    return facts["seconds"] / 60 if facts.get("seconds") else None
+
+# %% ../nbs/15_runs.ipynb #5d0c1e7a
+def timed_minutes(profile: str, start: str, rows: str) -> float | None:
+    "How long such a whole run of this profile took; None if none was timed for the release."
+    path = root() / "paper_results" / "timing" / f"{profile}.json"
+    records = read_json(path) if path.exists() else {}
+    return records.get(f"FROM={start} ROWS={rows}", {}).get("minutes")
 
 # %% ../nbs/15_runs.ipynb #4880f949
 class Progress:
     "What has ended since the last look."
 
-    def __init__(self, profile: str, steps: list[Step]):
+    def __init__(self, profile: str, steps: list[Step], whole: float | None = None):
+        self.whole = whole  # minutes of all steps together
         self.steps = {s.name: stamp_path(profile, s.name) for s in steps}
         self.usual = {s.name: usual_minutes(profile, s) for s in steps}
         self.seen = self.stamps()
+        self.fresh = not self.seen
 
     def stamps(self) -> dict[str, int]:
         "When each finished run was stamped."
@@ -1166,10 +1178,33 @@ class Progress:
         "A line for each run that has ended since the last look."
         now = self.stamps()
         new = sorted((at, name) for name, at in now.items() if self.seen.get(name) != at)
-        usual = [self.usual[name] for name in self.steps if name not in now]
-        left = f", at most about {sum(usual):.0f} min left" if usual and None not in usual else ""
         self.seen, count = now, f"{len(now)}/{len(self.steps)}"
-        return [f"[{count}] {name} done, {minutes:.1f} min so far{left}" for _, name in new]
+        told = f"{minutes:.1f} min so far{self.left(minutes)}"
+        return [f"[{count}] {name} done, {told}" for _, name in new]
+
+    def first(self) -> str:
+        "The line to begin with."
+        return f"[{len(self.seen)}/{len(self.steps)}] done{self.left(0)}"
+
+    def left(self, minutes: float) -> str:
+        "How long the rest takes, by this profile's own released times; says so if there are none."
+        rest = {n: self.usual[n] for n in self.steps if n not in self.seen}
+        if not rest:
+            return ""
+        if self.whole:
+            return f", about {max(self.share(rest, minutes), 1):.0f} min left"
+        known = sum(m or 0 for m in rest.values())
+        unknown = list(rest.values()).count(None)
+        if unknown and known < 1:
+            return f", time left unknown: the release has no time of this profile for {unknown} of them"
+        more = f", not counting runs of unknown time: {unknown}" if unknown else ""
+        return f", at most about {max(known, 1):.0f} min left{more}"
+
+    def share(self, rest: dict, minutes: float) -> float:
+        "The part of a whole run's minutes that these runs take; those under way are well begun."
+        part = sum(m or QUICK for m in rest.values())
+        part *= self.whole / sum(m or QUICK for m in self.usual.values())
+        return min(part, self.whole - minutes) if self.fresh and minutes < self.whole else part
 
 # %% ../nbs/15_runs.ipynb #39a5cbc6
 class Stop:
@@ -1243,7 +1278,8 @@ def reproduce(
         clock.tick()
         for note in drop_bad_stamps(profile, steps):
             print(note, file=sys.stderr)
-        progress = Progress(profile, steps)
+        progress = Progress(profile, steps, timed_minutes(profile, start, rows))
+        print(progress.first(), file=sys.stderr, flush=True)
 
         def look():
             clock.tick()

@@ -493,20 +493,73 @@ def test_a_signal_to_the_command_ends_all_that_it_started(project, long_run, num
 def test_progress_says_how_many_are_left_and_how_long(project):
     steps = runs.plan("cpu", "oracle", "all")
     progress = runs.Progress("cpu", steps)
+    unknown = "time left unknown: the release has no time of this profile"
+    assert f"[0/{len(steps)}] done, {unknown}" in progress.first()
     assert progress.news(1) == []
     finish("cpu", steps[0])
-    line = f"[1/{len(steps)}] {steps[0].name} done, 1.5 min so far"
-    assert progress.news(1.5) == [line] and progress.news(2) == []
-    for step in steps[2:]:
+    line = f"[1/{len(steps)}] {steps[0].name} done, 1.5 min so far, {unknown}"
+    assert progress.news(1.5)[0].startswith(line) and progress.news(2) == []
+    for step in steps:
         path = project / f"paper_results/notebooks/{step.name}.ipynb"
-        files.write_json(path, {"metadata": {"papermill": {"duration": 120}}})
-    rows = runs.released("episodes/oracle.s0.paper.jsonl.gz", "cpu")
-    files.write_jsonl(rows, [])
-    files.write_sidecar(rows, "files.toy", {}, seconds=600)
+        files.write_json(path, {"metadata": {"papermill": {"duration": 1.5}}})
+    assert unknown in runs.Progress("cpu", steps).first(), "the notebook may have run for nothing"
+    for name, seconds in (("oracle", 600), ("random", 120)):
+        rows = runs.released(f"episodes/{name}.s0.paper.jsonl.gz", "cpu")
+        files.write_jsonl(rows, [])
+        files.write_sidecar(rows, "files.toy", {}, seconds=seconds)
     progress = runs.Progress("cpu", steps)
-    finish("cpu", steps[1])
-    minutes = 2 * len(steps[2:]) + 8
-    assert progress.news(3)[0].endswith(f"at most about {minutes} min left"), "rows know better"
+    assert progress.first().endswith("at most about 12 min left")
+    assert unknown in runs.Progress("smoke", runs.plan("smoke", "oracle", "all")).first()
+
+
+@pytest.fixture
+def real(tmp_path, monkeypatch):
+    "What `sgd reproduce` says of a real plan from nothing; then after each run, a minute apart."
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(runs, "stamp_path", lambda profile, name: tmp_path / profile / name)
+
+    def lines(profile, start, apart=1.0):
+        steps = runs.plan(profile, start, "main")
+        progress = runs.Progress(profile, steps, runs.timed_minutes(profile, start, "main"))
+        told = [progress.first()]
+        for number, step in enumerate(steps, 1):
+            files.write_json(runs.stamp_path(profile, step.name), {})
+            told += progress.news(apart * number)
+        assert len(told) == len(steps) + 1 and "left" not in told[-1]
+        return told
+
+    return lines
+
+
+def minutes_left(line):
+    return float(line.split(" min left")[0].split()[-1])
+
+
+def test_a_timed_profile_shows_its_own_whole_minutes_as_left(real):
+    for profile, start, apart in (("cpu", "rollout", 3.3), ("smoke", "oracle", 0.45)):
+        whole = runs.timed_minutes(profile, start, "main")
+        left = [minutes_left(line) for line in real(profile, start, apart)[:-1]]
+        assert left[0] == round(whole) and left == sorted(left, reverse=True)
+        assert all(n <= max(1, round(whole - apart * i)) for i, n in enumerate(left))
+
+
+def test_from_oracle_the_untimed_collecting_is_not_counted_as_nothing(real):
+    told = real("cpu", "oracle")
+    if runs.timed_minutes("cpu", "oracle", "main"):
+        assert minutes_left(told[0]) == round(runs.timed_minutes("cpu", "oracle", "main"))
+        return
+    assert "min left, not counting runs of unknown time: 2" in told[0] and "at most" in told[0]
+    assert told[2].endswith("min left") and minutes_left(told[2]) > 30
+
+
+@pytest.mark.parametrize("start", ["rollout", "oracle"])
+def test_a_profile_that_was_never_timed_shows_no_minutes_of_another(real, start):
+    if (ROOT / "paper_results/runs/paper").exists():
+        pytest.skip("the paper profile is in the release")
+    told = real("paper", start)
+    last = max(n for n, line in enumerate(told) if "40_play." in line)
+    assert all("time left unknown" in line for line in told[:last])
+    assert not any("min left" in line for line in told[:last])
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(project):
