@@ -391,8 +391,7 @@ def name_of(line: dict) -> str:
     if line["profile"].startswith("reported: "):
         source = line["profile"].removeprefix("reported: ").split(",")[0]
         by = "as reported" if source == line["agent"] else f"reported by {source}"
-        notes = " (third-party notes)" if "(third-party notes)" in line["profile"] else ""
-        return f"{line['agent']}, {by}{notes}"
+        return f"{line['agent']}, {by}{'*' * ('third-party notes' in line['profile'])}"
     return f"{line['agent']}, {line['teacher']} teacher" if line["teacher"] else line["agent"]
 
 # %% ../nbs/13_report.ipynb #d94079cb
@@ -468,7 +467,8 @@ def draw_scores(
             axis.grid(axis="x", color="#dddddd", lw=0.6)
         axes[0].set(yticks=range(len(names)), yticklabels=names, ylim=(len(names) - 0.5, -0.5))
         figure.suptitle(title)
-        ours = "Filled: ours, with intervals. Hollow: published, under other protocols."
+        ours = "Filled: ours, with intervals. Hollow: published, under other protocols"
+        ours += " (* as third-party notes quote it)."
         figure.supxlabel(f"{ours}\n{note}".strip(), fontsize=8)
     return figure
 
